@@ -1,0 +1,10 @@
+"""The one exception that means "the input cannot be used"; the command line exits with 2 on it."""
+
+
+class InputError(ValueError):
+    """Unusable input. The message says what was got, what was expected and what to do."""
+
+
+def unknown_name(kind: str, name: str, known) -> InputError:
+    """The error for a name that a registry does not hold; lists the names it does."""
+    return InputError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")

@@ -8,3 +8,7 @@ class InputError(ValueError):
 def unknown_name(kind: str, name: str, known) -> InputError:
     """The error for a name that a registry does not hold; lists the names it does."""
     return InputError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")
+
+
+class VerificationError(RuntimeError):
+    """What ran is not what the plan says; the message names each site and figure."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpqdiff.denoiser import Prediction
+from mpqdiff.models.product import Product
 
 # Table 1 of the paper; the patch size is chosen apart ("DiT-XL/2" is size XL, patch 2).
 DIT_SIZES = {
@@ -40,16 +41,6 @@ def timestep_sinusoid(t, width: int):
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
     angles = t[:, None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class Product(nn.Module):
-    """A product of two activations, `einsum(equation, lhs, rhs)`: no parameters, but a site."""
-
-    equation: str
-
-    @nn.compact
-    def __call__(self, lhs, rhs):
-        return jnp.einsum(self.equation, lhs, rhs)
 
 
 class TimestepEmbedder(nn.Module):

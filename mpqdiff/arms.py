@@ -1,0 +1,234 @@
+"""Arms: the models that an experiment compares, built, compiled, sampled, timed and verified.
+
+Arm 0 is the float32 model, then the plan, then what the config lists. Each arm has one compiled
+sampler, which samples, is timed, and is the program that `evaluate.verify` reads.
+"""
+
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mpqdiff.artifacts import chunked
+from mpqdiff.config import for_arm
+from mpqdiff.diffusion.samplers import initial_noise
+from mpqdiff.errors import VerificationError
+from mpqdiff.evaluate import verify
+from mpqdiff.pipeline import VERSIONS, Experiment
+from mpqdiff.plan import Plan
+from mpqdiff.quantize import store
+from mpqdiff.quantize.apply import build, float_leaves, quantize
+
+
+class Arm:
+    """One model of the comparison. `plan` is None for a float arm."""
+
+    def __init__(self, experiment: Experiment, name: str, system: str, config, plan: Plan | None):
+        self.experiment, self.name, self.system = experiment, name, system
+        self.config, self.plan = config, plan
+        self.timesteps = (
+            np.asarray(plan.timesteps, np.int32)
+            if plan
+            else experiment.steps(config.diffusion.num_steps)
+        )
+
+    @property
+    def backend(self) -> str:
+        """What multiplies: xla for a float arm, else the integer back end."""
+        return self.config.quantize.backend if self.plan else "xla"
+
+    @property
+    def batch(self) -> int:
+        """Images per call of the compiled sampler."""
+        return min(self.config.sample.batch, self.config.sample.num_images)
+
+    @cached_property
+    def file(self) -> Path:
+        """The saved model: bit-packed for a plan. `sample --workdir` and users load it."""
+        assert self.plan is not None
+        experiment, plan = self.experiment, self.plan
+        steps = experiment.table(self.config)
+
+        def compute(folder):
+            tensors = quantize(
+                experiment.denoise,
+                experiment.params,
+                experiment.sites,
+                plan,
+                steps,
+                experiment.asymmetric,
+                clip=self.config.quantize.clip,
+            )
+            left = float_leaves(experiment.params, experiment.sites)
+            store.save(folder / "model.safetensors", plan, tensors, left, steps)
+
+        key = {
+            "plan": plan.hash,
+            "record": experiment.statistics[0].name,
+            "clip": self.config.quantize.clip,
+        }
+        folder = experiment.store.get("quantize", version=1, key=key, compute=compute)
+        return folder / "model.safetensors"
+
+    @cached_property
+    def model(self) -> tuple[Any, Any]:
+        """(params on the device, denoise)."""
+        if self.plan is None:
+            return jax.tree.map(jnp.asarray, self.experiment.params), self.experiment.denoise
+        _, tensors, steps = store.load(self.file)
+        built = build(
+            self.experiment.denoise,
+            self.experiment.params,
+            self.experiment.sites,
+            self.plan,
+            tensors,
+            steps,
+            backend=self.backend,
+        )
+        return built.params, built.denoise
+
+    @property
+    def passed_bytes(self) -> int:
+        """Bytes of the arrays passed to the denoiser besides x_t, t and labels."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.model[0]))
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the saved file; for float32 the payload of its weights."""
+        if self.plan is None:
+            return sum(leaf.size * 4 for leaf in jax.tree.leaves(self.experiment.params))
+        return self.file.stat().st_size
+
+    @cached_property
+    def compiled(self):
+        """The ahead-of-time compiled sampler `(params, x_T, labels) -> x_0` at `batch`."""
+        params, denoise = self.model
+        run = self.experiment.sampler(denoise, self.timesteps)
+        x_T = jax.ShapeDtypeStruct((self.batch, *self.experiment.image_shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+        return jax.jit(run).lower(shapes, x_T, labels).compile()
+
+    @cached_property
+    def execution(self) -> verify.Execution:
+        """What the compiled sampler multiplies and keeps."""
+        images = [(self.batch, *self.experiment.image_shape), (self.batch,)]
+        return verify.read(self.compiled, images=images)
+
+    def verify(self, resident_bytes: int | None = None) -> None:
+        """VerificationError, naming each site, unless the program does what the plan says."""
+        if self.plan is None:
+            return
+        promised = int(self.plan.predicted["bytes"])
+        if self.backend != "kernels":  # AQT's containers are larger: its bytes are its own
+            promised = self.passed_bytes
+        sites = [
+            site
+            for site in self.experiment.sites
+            if self.plan.w_bits[site.path] or site.kind == "product"
+        ]
+        complaints = verify.check(
+            self.execution,
+            sites,
+            promised_bytes=promised,
+            passed_bytes=self.passed_bytes,
+            resident_bytes=resident_bytes,
+        )
+        if complaints:
+            raise VerificationError(f"arm {self.name!r}: " + "; ".join(complaints))
+
+    def run_batch(self, index: int):
+        """x_0 of batch `index`, on the device."""
+        noise, labels = self._inputs(index)
+        return self.compiled(self.model[0], noise, labels)
+
+    def _inputs(self, index: int):
+        start = index * self.batch
+        noise = initial_noise(
+            self.config.sample.seed, start, self.batch, self.experiment.image_shape
+        )
+        return noise, jnp.asarray(self.experiment.labels(start, self.batch))
+
+    @cached_property
+    def samples(self) -> tuple[str, np.ndarray]:
+        """(artifact name, x_0 float32 [n,H,W,C]): image i comes from noise i in every arm."""
+        count = self.config.sample.num_images
+
+        def compute(folder):
+            chunked(folder, "sample")(
+                -(-count // self.batch), lambda i: {"x_0": np.asarray(self.run_batch(i))}
+            )
+
+        key = {
+            "model": self.experiment.model_hash,
+            "diffusion": self.config.diffusion.to_dict(),
+            "timesteps": self.timesteps.tolist(),
+            "plan": self.plan.hash if self.plan else None,
+            "record": self.experiment.statistics[0].name if self.plan else None,
+            "backend": self.backend,
+            "clip": self.config.quantize.clip if self.plan else None,
+            "sample": {**self.config.sample.to_dict(), "batch": self.batch},
+        }
+        folder = self.experiment.store.get(
+            "sample", version=VERSIONS["sample"], key=key, compute=compute
+        )
+        parts = [np.load(path)["x_0"] for path in sorted(folder.glob("sample_*.npz"))]
+        return folder.name, np.concatenate(parts)[:count]
+
+
+def list_arms(experiment: Experiment) -> list[Arm]:
+    """Float, the plan, then the config's arms in order; plans are solved here."""
+    config = experiment.config
+    arms = [
+        Arm(experiment, "float", "float32", config, None),
+        Arm(experiment, "plan", config.system, config, experiment.plan(config, config.system)),
+    ]
+    for name, changes in config.arms.items():
+        recipe = for_arm(config, changes)
+        if changes.get("float", False):
+            arms.append(Arm(experiment, name, "float32", recipe, None))
+            continue
+        system = changes["solver"] if "solver" in changes else config.system
+        if "score" in changes:
+            system = f"{changes['score']}_{recipe.plan.solver}"
+        arms.append(Arm(experiment, name, system, recipe, experiment.plan(recipe, system)))
+    return arms
+
+
+def time_arms(arms: list[Arm], rounds: int) -> list[dict[str, list[float]]]:
+    """Milliseconds per image and round of each arm, and of float at the same steps.
+
+    Every round runs each arm once, in turn, so that a drift of the machine's speed falls on all
+    of them; one warm-up round is not counted. Returns [{"own": [...], "float_same_steps": [...]}].
+    """
+    references = {len(arm.timesteps): arm for arm in arms if arm.plan is None}
+    for arm in arms:
+        if len(arm.timesteps) not in references:
+            references[len(arm.timesteps)] = _float_at(arm)
+    runners = {id(arm): arm for arm in [*arms, *references.values()]}
+    taken: dict[int, list[float]] = {key: [] for key in runners}
+    inputs = {key: arm._inputs(0) for key, arm in runners.items()}
+    for count in tqdm(range(rounds + 1), desc="time"):
+        for key, arm in runners.items():
+            noise, labels = inputs[key]
+            start = time.perf_counter()
+            arm.compiled(arm.model[0], noise, labels).block_until_ready()
+            if count:
+                taken[key].append(1e3 * (time.perf_counter() - start) / arm.batch)
+    return [
+        {"own": taken[id(arm)], "float_same_steps": taken[id(references[len(arm.timesteps)])]}
+        for arm in arms
+    ]
+
+
+def _float_at(arm: Arm) -> Arm:
+    same = arm.config.copy_and_resolve_references()
+    same.diffusion.num_steps = len(arm.timesteps)
+    return Arm(arm.experiment, f"float_{len(arm.timesteps)}", "float32", same, None)
+
+

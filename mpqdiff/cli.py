@@ -1,0 +1,213 @@
+"""The command line: `mpqdiff VERB --config=FILE[:args] --workdir=DIR [--config.a.b=v]`.
+
+Exit code 0 only when what was asked was done; 1 when what ran is not what the plan says; 2 for
+unusable input, with the value got, what was expected and what to do.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mpqdiff.config import validate
+from mpqdiff.errors import InputError, VerificationError
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", None, "where artifacts and results go", flag_values=FLAGS)
+flags.DEFINE_bool("dry_run", False, "print config, sites and cost, and stop", flag_values=FLAGS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("--help", "-h", "--helpfull", "help"):
+            print(usage())
+            return 0 if argv else 2
+        verb, rest = argv[0], argv[1:]
+        if verb not in VERBS:
+            raise InputError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+        if any(word in ("--help", "-h") for word in rest):
+            print(usage())
+            return 0
+        config, workdir, dry_run = parse(verb, rest)
+        prepare_jax()
+        act = _dry_run if dry_run else VERBS[verb]
+        act(config, workdir, "mpqdiff " + " ".join(argv))
+    except InputError as error:
+        print(f"mpqdiff: {error}", file=sys.stderr)
+        return 2
+    except VerificationError as error:
+        print(f"mpqdiff: verification failed: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (13, 28, 30):  # not permitted, disk full, read-only
+            raise
+        print(f"mpqdiff: {error.filename or 'the workdir'}: {error.strerror}; choose another "
+              "--workdir or free some space", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(verb: str, arguments: list[str]) -> tuple[ConfigDict | None, Path | None, bool]:
+    """(config, workdir, dry_run) of a verb; a workdir's stored config where none is named.
+
+    Config files run here, so whatever they raise is unusable input.
+    """
+    values = flags.FlagValues()
+    values.append_flag_values(FLAGS)
+    workdir = _workdir(arguments)
+    named = any(word.startswith(("--config=", "-config=")) or word == "--config"
+                for word in arguments)
+    try:
+        if named:
+            config_flags.DEFINE_config_file("config", lock_config=False, flag_values=values)
+        elif workdir and (workdir / "config.json").exists():
+            config_flags.DEFINE_config_dict("config", _stored(workdir), lock_config=True,
+                                            flag_values=values)
+        left = values(["mpqdiff", *arguments])[1:]
+        config = values["config"].value if "config" in values else None
+    except InputError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"arguments of {verb!r}: {_plain(error)}") from error
+    except Exception as error:
+        raise InputError(f"the config file raised {type(error).__name__}: {error}") from error
+    if left:
+        raise InputError(f"unexpected arguments {left}; see mpqdiff --help")
+    if config is None and verb != "doctor":
+        where = f"{workdir}/config.json does not exist" if workdir else "no --workdir either"
+        raise InputError(f"{verb} needs --config=FILE ({where})")
+    if config is not None:
+        if not isinstance(config, ConfigDict):
+            raise InputError(f"the config file returned {type(config).__name__}, not a ConfigDict")
+        validate(config)
+        if workdir is None and not values["dry_run"].value:
+            raise InputError(f"{verb} needs --workdir=DIR")
+    return config, workdir, values["dry_run"].value
+
+
+def _plain(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())
+
+
+def _workdir(arguments: list[str]) -> Path | None:
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, has_value, value = word.lstrip("-").partition("=")
+        if name == "workdir" and word.startswith("-"):
+            return Path(value if has_value else following)
+    return None
+
+
+def _stored(workdir: Path) -> ConfigDict:
+    from mpqdiff.artifacts import read_json
+
+    stored = ConfigDict(read_json(workdir / "config.json"))
+    validate(stored)
+    return stored
+
+
+def prepare_jax() -> None:
+    """The persistent compilation cache is on unless the user has chosen otherwise."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mpqdiff" / "xla"
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _experiment(config: ConfigDict, workdir: Path | None):
+    from mpqdiff.pipeline import Experiment
+
+    assert workdir is not None
+    return Experiment(config, workdir)
+
+
+def _run(config, workdir, command):
+    from mpqdiff import outcome
+
+    results = outcome.run(_experiment(config, workdir), command=command)
+    print(outcome.table(results))
+    print(f"\nreport: {workdir / 'report.html'}")
+
+
+def _plan(config, workdir, command):
+    from mpqdiff import outcome
+
+    print(outcome.plan_only(_experiment(config, workdir), command=command))
+
+
+def _sample(config, workdir, command):
+    from mpqdiff import outcome
+
+    print(outcome.sample_only(_experiment(config, workdir)))
+
+
+def _verify(config, workdir, command):
+    from mpqdiff import outcome
+
+    print(outcome.verify_only(_experiment(config, workdir)))
+
+
+def _train(config, workdir, command):
+    from mpqdiff import training
+
+    print(training.run(config, workdir, command=command))
+
+
+def _report(config, workdir, command):
+    _run(config, workdir, command)
+
+
+def _doctor(config, workdir, command):
+    from mpqdiff import doctor
+
+    print(doctor.report())
+
+
+def _dry_run(config, workdir, command):
+    from mpqdiff import preview
+
+    print(preview.text(config))
+
+
+VERBS = {
+    "run": _run,
+    "train": _train,
+    "plan": _plan,
+    "sample": _sample,
+    "evaluate": _run,
+    "verify": _verify,
+    "report": _report,
+    "doctor": _doctor,
+}
+
+
+def usage() -> str:
+    """What the command takes."""
+    return f"""{__doc__.splitlines()[0]}
+
+verbs:
+  run       all stages: plan, quantise, sample, evaluate, report
+  train     train the config's model on its data; continues where it stopped
+  plan      stages up to plan.json
+  sample    sample with workdir/plan.json
+  evaluate  metrics of all arms (runs what is missing)
+  verify    prove from the compiled program that workdir/plan.json ran as planned
+  report    write report.html again (runs what is missing)
+  doctor    devices, versions, back ends, self-tests
+
+flags:
+  --config=FILE[:arg]  a file of configs/, or one's own; --config.a.b=v changes a key.
+                       On an existing workdir the config stored there is the default
+  --workdir=DIR        artifacts, plan.json, results.json, report.html, samples/
+  --dry_run            print the resolved config, the sites and the cost, and stop"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

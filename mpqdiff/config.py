@@ -1,0 +1,201 @@
+"""The base configuration: every key, its default and its unit. Files in `configs/` change a few.
+
+`validate` is run before any device work: an unknown key, method name or count is an InputError
+that lists what exists.
+"""
+
+import difflib
+
+from ml_collections import ConfigDict
+
+from mpqdiff.errors import InputError
+
+
+def base() -> ConfigDict:
+    """A fresh ConfigDict with every default."""
+    config = ConfigDict()
+    config.name = "experiment"  # title of the report
+    config.system = "mpq_diff"  # the recipe's name, written into plan.json
+    config.seed = 0
+
+    config.weights = "fashion_dit"  # embedded name, path to .safetensors, or "random"
+    # Only for weights="random" and for training; a weights file brings its own model.
+    config.model = ConfigDict({"name": "dit", "kwargs": {}})
+    config.model.kwargs = ConfigDict(
+        dict(image_size=28, channels=1, patch=4, width=96, depth=6, num_heads=3, num_classes=10)
+    )
+    config.data = ConfigDict(
+        dict(
+            name="fashion_mnist",
+            dir="",  # folder of the archives; "" lets TFDS download. Only training reads data
+            cache="~/.cache/mpqdiff/data",
+        )
+    )
+    config.diffusion = ConfigDict(
+        dict(
+            schedule="linear",
+            num_timesteps=1000,  # F
+            sampler="ddim",
+            num_steps=20,  # S of arm 0
+            eta=0.0,
+            guidance_scale=1.0,
+            clip=True,  # clip x_0 to [-1, 1] inside the sampler
+        )
+    )
+    config.calibration = ConfigDict(
+        dict(
+            samples=64,  # N trajectories of the float model
+            timesteps=20,  # T recorded of the S sampler steps, evenly spaced
+            memory_gb=1.0,  # activations alive at once while recording
+        )
+    )
+    config.score = ConfigDict(
+        dict(
+            name="orthogonality",
+            estimator="centered",  # centered, uncentered, debiased
+            temporal_policy="pooled",  # how sites fed by (t, label) alone are scored
+        )
+    )
+    config.aggregate = ConfigDict(
+        dict(
+            name="exp_mean",
+            beta=10.0,  # on the mean off-diagonal metric
+            lam=0.0,  # w_t ~ exp(-lam t / F); 0 weighs all timesteps alike
+        )
+    )
+    config.plan = ConfigDict(
+        dict(
+            w_bits=(4, 8),  # choices of the unpinned sites
+            a_bits=8,
+            pins=(("patch_embed|final", 8), ("t_embed/.*", 8)),  # (regex, bits), in every arm
+            solver="lp",
+            resource="bytes",  # what the budget counts: bytes on the device or file_bytes
+            budget=0.0,  # in units of the resource; 0 takes the ratio
+            ratio=1.165,  # times what uniform `ratio_bits` with the same pins takes
+            ratio_bits=4,
+        )
+    )
+    config.quantize = ConfigDict(
+        dict(
+            backend="kernels",  # kernels or aqt
+            mode="step_table",  # static, step_table, online
+            products=False,  # attention products in integers
+            clip="mse",  # weight scale: mse or absmax
+        )
+    )
+    config.sample = ConfigDict(dict(num_images=256, batch=64, seed=1234))
+    config.evaluate = ConfigDict(
+        dict(
+            features="fashion_classifier",
+            reference="fashion_reference",
+            ceiling_steps=2,  # the float model whose FID is damage 1
+            timing_rounds=5,  # every arm once per round, in turn
+        )
+    )
+    # Further arms, each a name and the keys in which it differs from the plan above (ARM_KEYS).
+    config.arms = ConfigDict()
+    config.report = ConfigDict(dict(num_images=8))
+    config.train = ConfigDict(
+        dict(
+            epochs=30,
+            batch=128,
+            learning_rate=1e-3,
+            warmup_steps=500,
+            weight_decay=0.0,
+            ema_decay=0.999,
+            label_dropout=0.1,
+            loss_weight="uniform",  # uniform, min_snr
+            dtype="float32",  # float32, bfloat16
+            checkpoint_every=500,  # steps
+            log_every=50,  # steps
+        )
+    )
+    config.publish = True  # False: no metric is evaluated (random weights)
+    return config
+
+
+# What an arm may change, and the key of the base configuration that it stands for.
+ARM_KEYS = {
+    "score": "score.name",
+    "aggregate": "aggregate.name",
+    "solver": "plan.solver",
+    "w_bits": "plan.w_bits",
+    "ratio": "plan.ratio",
+    "ratio_bits": "plan.ratio_bits",
+    "backend": "quantize.backend",
+    "mode": "quantize.mode",
+    "seed": "seed",
+    "num_steps": "diffusion.num_steps",
+    "float": "no plan: the float32 model (with num_steps)",
+}
+
+POSITIVE = (
+    "diffusion.num_timesteps", "diffusion.num_steps", "calibration.samples",
+    "calibration.timesteps", "calibration.memory_gb", "plan.ratio", "plan.ratio_bits",
+    "sample.num_images", "sample.batch", "evaluate.ceiling_steps", "evaluate.timing_rounds",
+    "report.num_images", "train.epochs", "train.batch", "train.learning_rate",
+    "train.checkpoint_every", "train.log_every",
+)  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+    """InputError on a key that `base` lacks or the reverse, or a count that is not positive."""
+    _compare_keys(config, base(), "config")
+    for path in POSITIVE:
+        value = config
+        for part in path.split("."):
+            value = value[part]
+        if not value > 0:
+            raise InputError(f"config.{path}={value}: expected a positive number")
+    if config.plan.budget < 0:
+        raise InputError(f"config.plan.budget={config.plan.budget}: expected bytes, or 0 for ratio")
+    if config.calibration.samples < 4:
+        raise InputError(f"config.calibration.samples={config.calibration.samples}: at least 4")
+    for name, changes in config.arms.items():
+        for key in changes:
+            if key not in ARM_KEYS:
+                raise _unknown_key(f"config.arms.{name}", key, ARM_KEYS)
+
+
+def _compare_keys(config, reference, where: str) -> None:
+    for key in config:
+        if key not in reference:
+            raise _unknown_key(where, key, reference)
+        if isinstance(reference[key], ConfigDict) and key not in ("kwargs", "arms"):
+            if not isinstance(config[key], ConfigDict):
+                raise InputError(f"{where}.{key}={config[key]!r}: expected a group of keys")
+            _compare_keys(config[key], reference[key], f"{where}.{key}")
+    for key in reference:
+        if key not in config:
+            raise InputError(f"{where}.{key} is missing: start from mpqdiff.config.base()")
+
+
+def _unknown_key(where: str, key: str, known) -> InputError:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InputError(f"unknown key {where}.{key}{hint} (known: {', '.join(sorted(known))})")
+
+
+def for_arm(config: ConfigDict, changes) -> ConfigDict:
+    """A copy of `config` with an arm's `changes` (keys of ARM_KEYS) put where they belong."""
+    copy = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        if key == "float":
+            continue
+        group, _, leaf = ARM_KEYS[key].rpartition(".")
+        (copy[group] if group else copy)[leaf] = value
+    return copy
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """Shrink `config` to seconds: random small weights, a few samples, no metric published."""
+    config.weights = "random"
+    config.model.kwargs.update(width=16, depth=2, num_heads=2)
+    config.diffusion.num_steps = 4
+    config.calibration.update(samples=8, timesteps=4)
+    config.sample.update(num_images=8, batch=4)
+    config.evaluate.timing_rounds = 2
+    config.report.num_images = 2
+    config.train.update(epochs=1, batch=8, checkpoint_every=4, log_every=2)
+    config.publish = False
+    return config

@@ -1,0 +1,30 @@
+"""The product as XLA runs it fastest: one int8 `dot_general`, everything else left to fuse.
+
+Chosen by measurement on CPU (`benchmarks/matmul.py`). XLA hands an int8 x int8 -> int32 dot to its
+own integer kernel and fuses dequantisation, bias and whatever follows (GELU, the next layer's
+quantisation) into one loop, so a layer costs the product and one pass each way. Slower in every
+form tried: barriers before the quantisation (on jax 0.10), a uint8 left side, padded or split contractions, a
+product per sample, a float32 result type. Indifferent: a transposed weight, rows flattened to two
+axes, barriers around the product.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from mpqdiff.quantize.numerics import quantize_activation
+
+
+def accumulate(xq, wq):
+    """xq int8 [..., K] and wq int8 [K,N] -> int32 [..., N], exact."""
+    contract = (((xq.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(xq, wq, contract, preferred_element_type=jnp.int32)
+
+
+def quantized_matmul(x, weight, x_scale, x_zero_point, w_scale, w_colsum, bias, *, x_bits):
+    """See the package. The zero point is paid for with the column sums, after the product."""
+    zero = 0 if x_zero_point is None else x_zero_point
+    total = accumulate(quantize_activation(x, x_scale, zero, x_bits), weight)
+    if x_zero_point is not None:
+        total = total - x_zero_point.astype(jnp.int32) * w_colsum
+    y = total.astype(jnp.float32) * (x_scale * w_scale)
+    return y if bias is None else y + bias

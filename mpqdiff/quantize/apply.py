@@ -1,0 +1,271 @@
+"""Apply a plan: packed integer weights and scales as a pytree, and a `denoise` that uses them.
+
+Every planned site becomes one integer product (int8 x int8 -> int32, dequantised once). A
+convolution is the product of its patches: gathered in float and quantised with the rest, so that
+padding is real zero, that is, the zero point.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from mpqdiff import intercept
+from mpqdiff.costs.bytes import fixed_bytes
+from mpqdiff.denoiser import Denoise
+from mpqdiff.errors import InputError, unknown_name
+from mpqdiff.kernels.quantized_matmul import quantized_matmul
+from mpqdiff.plan import Plan
+from mpqdiff.quantize import activations
+from mpqdiff.quantize.activations import Table
+from mpqdiff.quantize.numerics import qmax, quantize_activation, quantize_weight
+from mpqdiff.quantize.pack import pack, unpack
+from mpqdiff.sites import Site, module_path
+
+quantize_kernel = partial(jax.jit, static_argnames="clip")(quantize_weight)
+
+
+class QuantizedModel(NamedTuple):
+    """`params` (what is passed to the device), `denoise(params, x_t, t, cond)`, and the widths.
+
+    params = {"float": remaining float leaves, "sites": {path: {qvalue, scale, ...}},
+    "steps": Table}.
+    """
+
+    params: Any
+    denoise: Denoise
+    w_bits: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything passed to the denoiser besides x_t, t and cond."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+
+def dequantized(kernel, bits, *, clip: str = "mse"):
+    """`kernel` rounded to `bits` and back: what the integer product multiplies by."""
+    qvalue, scale = quantize_kernel(kernel, bits, clip=clip)
+    return qvalue.astype(jnp.float32) * scale
+
+
+def float_leaves(params, sites: Sequence[Site]):
+    """`params` without the kernels and biases of `sites` with weights."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    taken = {
+        f"{module_path(site.path)}/{leaf}"
+        for site in sites
+        if site.parameters
+        for leaf in ("kernel", "bias")
+    }
+    return traverse_util.unflatten_dict(
+        {name: leaf for name, leaf in flat.items() if name not in taken}, sep="/"
+    )
+
+
+def fixed_cost(params, sites: Sequence[Site], *, rows: int) -> dict[str, float]:
+    """Bytes that no choice of widths changes: float leaves and the activation table."""
+    left = sum(leaf.size * 4 for leaf in jax.tree.leaves(float_leaves(params, sites)))
+    columns = sum(len(taken) for taken in activations.columns(sites).values())
+    return fixed_bytes(left, rows, columns)
+
+
+def site_tensors(kernel, bias, bits: int, *, asymmetric: bool, clip: str) -> dict:
+    """Host arrays of one site: qvalue int8 [K,N] (unpacked), scale, bias, colsum where needed."""
+    qvalue, scale = jax.device_get(quantize_kernel(kernel, bits, clip=clip))
+    qvalue = qvalue.reshape(-1, qvalue.shape[-1])
+    tensors = {"qvalue": qvalue, "scale": scale}
+    if asymmetric:
+        tensors["colsum"] = qvalue.sum(axis=0, dtype=np.int32)
+    if bias is not None:
+        tensors["bias"] = np.asarray(bias, np.float32)
+    return tensors
+
+
+def quantize(
+    denoise: Denoise,
+    params,
+    sites: Sequence[Site],
+    plan: Plan,
+    steps: Table,
+    asymmetric: Sequence[bool],
+    *,
+    clip: str = "mse",
+) -> dict[str, dict]:
+    """The integer tensors of every planned site with weights, unpacked, on the host."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {
+        site.path: site_tensors(
+            flat[f"{module_path(site.path)}/kernel"],
+            flat.get(f"{module_path(site.path)}/bias"),
+            plan.w_bits[site.path],
+            asymmetric=flag,
+            clip=clip,
+        )
+        for site, flag in zip(sites, asymmetric, strict=True)
+        if site.parameters
+    }
+
+
+def build(
+    denoise: Denoise,
+    params,
+    sites: Sequence[Site],
+    plan: Plan,
+    tensors: dict[str, dict],
+    steps: Table,
+    *,
+    backend: str = "kernels",
+) -> QuantizedModel:
+    """The runnable model of `tensors` (from `quantize`, or loaded): packed for the device.
+
+    Raises InputError on an unknown backend or a site kind that has no integer form.
+    """
+    if backend not in BACKENDS:
+        raise unknown_name("quantize.backend", backend, BACKENDS)
+    hold, open_, matmul = BACKENDS[backend]()
+    widths = {path: plan.w_bits[path] for path in tensors}
+    packed = {
+        path: {**entry, "qvalue": hold(entry["qvalue"], widths[path])}
+        for path, entry in tensors.items()
+    }
+    params = {"float": float_leaves(params, sites), "sites": packed, "steps": steps}
+    shapes = {path: entry["qvalue"].shape for path, entry in tensors.items()}
+    unpackers = {path: partial(open_, bits=widths[path], shape=shapes[path]) for path in tensors}
+    integer = integer_denoise(denoise, sites, unpackers, matmul, a_bits=plan.a_bits)
+    return QuantizedModel(jax.tree.map(jnp.asarray, params), integer, widths)
+
+
+def integer_denoise(
+    denoise: Denoise,
+    sites: Sequence[Site],
+    unpackers: dict[str, Callable],
+    matmul: Callable,
+    *,
+    a_bits: dict[str, Any],
+) -> Denoise:
+    """`denoise` over params = {"float", "sites", "steps"}, all planned sites in integers.
+
+    The row of the activation table is looked up once per call, by t, and bound to the sites: the
+    interceptor itself does not see the step.
+    """
+    columns = activations.columns(sites)
+
+    def integer(params, x_t, t, cond):
+        online = not params["steps"].timesteps.size
+        row = None if online else activations.row(params["steps"], t)
+
+        def ranges(path, operand, x, bits):
+            if row is None:
+                scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / qmax(bits)
+                return jnp.where(scale > 0, scale, 1.0), None
+            column = columns[path][operand]
+            return tuple(_against(value[..., column], x, path) for value in row)
+
+        def weight_product(site, module, x):
+            entry, bits = params["sites"][site.path], a_bits[site.path]
+            x = _patches(module, x) if site.kind == "conv" else x
+            scale, zero = ranges(site.path, 0, x, bits)
+            return matmul(
+                x,
+                unpackers[site.path](entry["qvalue"]),
+                scale,
+                zero if "colsum" in entry else None,
+                entry["scale"],
+                entry.get("colsum"),
+                entry.get("bias"),
+                x_bits=bits,
+            )
+
+        def product(site, module, lhs, rhs):
+            bits = a_bits[site.path]
+            sides = (lhs, bits["lhs"], 0), (rhs, bits["rhs"], 1)
+            scales = [ranges(site.path, operand, x, width)[0] for x, width, operand in sides]
+            if row is None:  # one scale per tensor: tokens are contracted or batched by equation
+                scales = [jnp.max(jnp.abs(x)) / qmax(width) + 1e-30 for x, width, _ in sides]
+            left, right = (
+                quantize_activation(x, scale, 0, width)
+                for (x, width, _), scale in zip(sides, scales, strict=True)
+            )
+            acc = jnp.einsum(module.equation, left, right, preferred_element_type=jnp.int32)
+            scale = jnp.ravel(scales[0] * scales[1])
+            return acc * scale.reshape((-1,) + (1,) * (acc.ndim - 1))
+
+        run = {"dense": weight_product, "conv": weight_product, "product": product}
+        operations = {site.path: partial(run[site.kind], site) for site in sites}
+        return intercept.rewrite(denoise, operations)(params["float"], x_t, t, cond)
+
+    return integer
+
+
+def _against(value, x, path: str):
+    """A row's entry ([] or one per sample [B]) shaped to scale x [B, ...]."""
+    if not value.ndim:
+        return value
+    if value.shape[0] != x.shape[0]:
+        raise InputError(
+            f"site {path!r}: {value.shape[0]} timesteps for {x.shape[0]} rows; a model that folds "
+            "other axes into the batch must be called with one timestep, t of shape []"
+        )
+    return value.reshape((-1,) + (1,) * (x.ndim - 1))
+
+
+def _patches(module: nn.Conv, x):
+    """Patches of x [B,H,W,C] in kernel order: [B,h,w, kh*kw*C]. Padding is real zero."""
+    size = tuple(module.kernel_size)
+    strides = _pair(module.strides)
+    plain = _pair(module.kernel_dilation) == _pair(module.input_dilation) == (1, 1)
+    if len(size) != 2 or module.feature_group_count != 1 or not plain:
+        raise InputError(
+            f"conv {'/'.join(module.path)}: only ungrouped, undilated 2-D convolutions run in "
+            "integers; leave this site out of the plan (pin it to float)"
+        )
+    padding = module.padding
+    if not isinstance(padding, str):
+        sides = [padding] * 2 if isinstance(padding, int) else list(padding)
+        padding = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding) if isinstance(
+        padding, str
+    ) else padding
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    rows = (x.shape[1] - size[0]) // strides[0] + 1
+    columns = (x.shape[2] - size[1]) // strides[1] + 1
+    taps = [
+        x[:, i : i + rows * strides[0] : strides[0], j : j + columns * strides[1] : strides[1]][
+            :, :rows, :columns
+        ]
+        for i in range(size[0])
+        for j in range(size[1])
+    ]
+    return jnp.concatenate(taps, axis=-1)
+
+
+def _pair(value) -> tuple[int, int]:
+    """Flax's `None | int | sequence` as a pair."""
+    if value is None:
+        return (1, 1)
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _kernels_backend():
+    def hold(qvalue, bits):
+        return pack(qvalue, bits)
+
+    def open_(packed, *, bits, shape):
+        return unpack(packed, bits, shape)
+
+    return hold, open_, quantized_matmul
+
+
+def _aqt_backend():
+    from mpqdiff.quantize import aqt  # the one import site; AQT is slow to import
+
+    return aqt.hold, aqt.open_, aqt.aqt_matmul
+
+
+# How a back end holds integer weights, opens them inside the program, and multiplies.
+BACKENDS = {"kernels": _kernels_backend, "aqt": _aqt_backend}

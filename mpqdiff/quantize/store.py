@@ -1,0 +1,65 @@
+"""A quantised model on disk: bit-packed weights, scales, float leaves and the activation table.
+
+One safetensors file. Every width from 2 to 8 is bit-packed (`ceil(n b / 8)` bytes); the plan
+travels in the metadata, so that the file can be opened on its own. Column sums are not stored.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mpqdiff import plan as plans
+from mpqdiff.errors import InputError
+from mpqdiff.plan import Plan
+from mpqdiff.quantize.activations import Table
+from mpqdiff.quantize.pack import pack_bits, unpack_bits
+
+
+def save(path: Path, plan: Plan, tensors: dict[str, dict], float_params, steps: Table) -> int:
+    """Write the file atomically; returns its size in bytes (`file_bytes`)."""
+    stored = {}
+    shapes = {}
+    for site, entry in tensors.items():
+        shapes[site] = list(entry["qvalue"].shape) + ["colsum" in entry]
+        stored[f"sites/{site}/qvalue"] = pack_bits(entry["qvalue"], plan.w_bits[site])
+        for name in ("scale", "bias"):
+            if name in entry:
+                stored[f"sites/{site}/{name}"] = np.asarray(entry[name], np.float32)
+    flat = traverse_util.flatten_dict(jax.device_get(float_params), sep="/")
+    stored |= {f"float/{name}": np.asarray(leaf) for name, leaf in flat.items()}
+    stored |= {f"steps/{name}": np.asarray(leaf) for name, leaf in steps._asdict().items()}
+    metadata = {"plan": json.dumps(plans.to_json(plan)), "shapes": json.dumps(shapes)}
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    save_file(stored, partial, metadata=metadata)
+    os.replace(partial, path)
+    return Path(path).stat().st_size
+
+
+def load(path: Path) -> tuple[Plan, dict[str, dict], Table]:
+    """(plan, tensors, table) as `quantize` made them. InputError when damaged or incomplete."""
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            metadata = stored.metadata() or {}
+            flat = {name: stored.get_tensor(name) for name in stored.keys()}
+        plan = plans.from_json(json.loads(metadata["plan"]), str(path))
+        tensors = {}
+        for site, (rows, columns, has_colsum) in json.loads(metadata["shapes"]).items():
+            packed = flat[f"sites/{site}/qvalue"]
+            entry = {"qvalue": unpack_bits(packed, plan.w_bits[site], (rows, columns))}
+            if has_colsum:
+                entry["colsum"] = entry["qvalue"].sum(axis=0, dtype=np.int32)
+            for name in ("scale", "bias"):
+                if f"sites/{site}/{name}" in flat:
+                    entry[name] = flat[f"sites/{site}/{name}"]
+            tensors[site] = entry
+        steps = Table(*(jnp.asarray(flat[f"steps/{name}"]) for name in Table._fields))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"quantised model {path}: damaged or incomplete ({error})") from error
+    return plan, tensors, steps

@@ -1,0 +1,176 @@
+"""One streamed pass of the float denoiser over the calibration set -> Statistics.
+
+Inside the forward pass each site's output is flattened per sample, centred over samples in
+float32 and reduced to its N x N Gram; raw activations never leave the program. The pass is written
+for one timestep and vmapped over a chunk of them; chunks are sized by a memory budget.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpqdiff import intercept
+from mpqdiff.denoiser import Denoise
+from mpqdiff.errors import InputError
+from mpqdiff.records import Statistics
+from mpqdiff.sites import Site
+
+
+def centred_gram(x):
+    """x [N, ...] -> (Gram of the centred features [N,N], row sums of the raw Gram [N]).
+
+    Centring features rather than the Gram keeps float32 exact when the mean is large.
+    """
+    x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+    mean = x.mean(axis=0)
+    centred = x - mean
+    gram = jnp.einsum("nd,md->nm", centred, centred, preferred_element_type=jnp.float32)
+    return (gram + gram.T) / 2, x.shape[0] * (x @ mean)
+
+
+def _range(args):
+    """(min, max) of both operands, [2] each; zero is always inside, a weight operand gives 0."""
+    operands = [jnp.asarray(arg) for arg in args[:2]]
+    operands += [jnp.zeros(())] * (2 - len(operands))
+    low = jnp.stack([jnp.minimum(operand.min(), 0.0) for operand in operands])
+    return low, jnp.stack([jnp.maximum(operand.max(), 0.0) for operand in operands])
+
+
+def _output_errors(module, kind, args, out, w_bits, requantize):
+    """Relative squared error of the output at each width, [K]: |x (W_b - W)|^2 / |x W|^2."""
+    if kind == "product":
+        return jnp.zeros((len(w_bits),))
+    leaves = module.variables["params"]
+    linear = module.clone(parent=None, name=None)
+    bias = {"bias": jnp.zeros_like(leaves["bias"])} if "bias" in leaves else {}
+    power = jnp.mean((out - leaves.get("bias", 0.0)) ** 2)
+
+    def error(bits):
+        change = requantize(leaves["kernel"], bits) - leaves["kernel"]
+        return jnp.mean(linear.apply({"params": {"kernel": change, **bias}}, *args) ** 2)
+
+    return jnp.stack([error(bits) for bits in w_bits]) / jnp.maximum(power, 1e-30)
+
+
+def one_timestep(
+    denoise: Denoise,
+    sites: Sequence[Site],
+    *,
+    grams: bool = True,
+    w_bits: Sequence[int] = (),
+    requantize: Callable[[Any, int], Any] | None = None,
+) -> Callable:
+    """The reductions of one timestep: `(params, x_t [N,H,W,C], t [N], cond) -> dict`.
+
+    Keys: gram [L,N,N], row_sums [L,N] (with `grams`), input_min and input_max [L,2], and
+    output_error [L,K] where `w_bits` and `requantize(kernel, bits) -> kernel` are given.
+    """
+    wanted = {site.path for site in sites}
+
+    def reduce(path, module, kind, args, out):
+        if path not in wanted:
+            return None
+        taken = dict(zip(("input_min", "input_max"), _range(args), strict=True))
+        if grams:
+            taken["gram"], taken["row_sums"] = centred_gram(out)
+        if w_bits:
+            taken["output_error"] = _output_errors(module, kind, args, out, w_bits, requantize)
+        return taken
+
+    observed = intercept.observe(denoise, reduce)
+
+    def run(params, x_t, t, cond):
+        _, taken = observed(params, x_t, t, cond)
+        missing = wanted - set(taken)
+        if missing:
+            raise InputError(f"sites never called by this model: {sorted(missing)}")
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *[taken[site.path] for site in sites])
+
+    return run
+
+
+def detect_time_only(denoise: Denoise, params, x_t, t, cond, sites: Sequence[Site]):
+    """bool [L]: sites whose output does not change when x_t does (t and cond held).
+
+    x_t [N,H,W,C]; each sample is compared with the same timestep and label on another's x_t.
+    A zero test of the centred Gram would miss them as soon as there are labels.
+    """
+
+    def reduce(path, module, kind, args, out):
+        return out
+
+    observed = jax.jit(intercept.observe(denoise, reduce))
+    t = jnp.broadcast_to(t, x_t.shape[:1])
+    _, one = observed(params, x_t, t, cond)
+    _, two = observed(params, x_t[::-1] + 0.5, t, cond)
+    return np.array([bool(jnp.array_equal(one[site.path], two[site.path])) for site in sites])
+
+
+def timesteps_per_chunk(sites: Sequence[Site], samples: int, memory_gb: float) -> int:
+    """How many timesteps to vmap at once: the activations of every site are assumed alive.
+
+    A site's output has MACs / (parameters / outputs) elements per image.
+    """
+    per_image = 0
+    for site in sites:
+        depth = prod(site.shape[:-1]) if site.shape else 1
+        per_image += site.macs // max(depth, 1)
+    return max(1, int(memory_gb * 2**30 / (4 * samples * max(per_image, 1))))
+
+
+def record(
+    denoise: Denoise,
+    params,
+    x_ts,
+    timesteps,
+    cond,
+    sites: Sequence[Site],
+    *,
+    memory_gb: float = 1.0,
+    w_bits: Sequence[int] = (),
+    requantize: Callable | None = None,
+    chunks: Callable = lambda count, compute: [compute(i) for i in range(count)],
+) -> Statistics:
+    """Reduce one pass over x_ts [T,N,H,W,C] at `timesteps` [T] with cond [N] to Statistics.
+
+    `chunks(count, compute)` runs `compute(i) -> dict of arrays` for every chunk; the pipeline
+    passes one that keeps finished chunks on disk. Raises InputError on NaN in any reduction.
+    """
+    total, samples = x_ts.shape[:2]
+    one = one_timestep(denoise, sites, w_bits=tuple(w_bits), requantize=requantize)
+    over_timesteps = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, None)))
+    size = min(total, timesteps_per_chunk(sites, samples, memory_gb))
+    t_rows = np.broadcast_to(np.asarray(timesteps, np.int32)[:, None], (total, samples))
+
+    def compute(index):
+        # The last chunk is padded by repetition, so that every chunk has the compiled shape.
+        rows = np.minimum(np.arange(index * size, (index + 1) * size), total - 1)
+        taken = jax.device_get(over_timesteps(params, x_ts[rows], t_rows[rows], cond))
+        return {name: value[: total - index * size] for name, value in taken.items()}
+
+    parts = chunks(-(-total // size), compute)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    # Rows over all (t, label) pairs: sample i at timestep i mod T.
+    mixed = np.arange(samples) % total
+    pooled = jax.jit(partial(one_timestep(denoise, sites)))(
+        params, x_ts[mixed, np.arange(samples)], np.asarray(timesteps, np.int32)[mixed], cond
+    )
+    for name, value in joined.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{name} holds NaN or infinity: check the weights and the inputs")
+    return Statistics(
+        timesteps=np.asarray(timesteps, np.int32),
+        gram=joined["gram"],
+        row_sums=joined["row_sums"],
+        pooled_gram=np.asarray(pooled["gram"]),
+        pooled_row_sums=np.asarray(pooled["row_sums"]),
+        time_only=detect_time_only(denoise, params, x_ts[0], timesteps[0], cond, sites),
+        input_min=joined["input_min"],
+        input_max=joined["input_max"],
+        output_error=joined.get("output_error"),
+    )

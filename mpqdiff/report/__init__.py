@@ -1,0 +1,169 @@
+"""One self-contained HTML file: what was asked, what was reached, and the numbers behind it.
+
+plotly.js is in the file once, a content security policy forbids every outside resource, tables
+need no JavaScript, and `results.json` is embedded so that each number can be checked.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from mpqdiff.errors import InputError
+from mpqdiff.report import figures, tables
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the report shows. Letters as in `shapes.py`: T timesteps, L scored sites.
+
+    Values that are absent or null in `results` show as a dash; NaN and infinities too, and the
+    page lists them.
+    """
+
+    results: dict  # results.json; arm 0 is the float model
+    plan: dict  # plan.json
+    sites: list[dict]  # path, kind, shape, parameters, macs, pinned, time_only, reason
+    remainder: list[dict]  # operations left in float by closure: name, macs
+    timesteps: np.ndarray  # int [T], descending
+    importance: np.ndarray  # float [T,L]
+    score_name: str
+    matrix: np.ndarray | None  # float [L,L], averaged over timesteps
+    site_paths: list[str]  # [L]
+    images: dict[str, np.ndarray]  # arm -> uint8 [n,H,W,C] of the same seeds, float first
+    environment: dict
+    command: str
+    stages: list[dict]  # name, seconds, cached
+    pareto: list[dict] | None = None  # bytes and objective of the best plan at each budget
+    arm: str | None = None  # the arm that runs `plan`; None: the first of the plan's system
+    plans: dict[str, dict] = field(default_factory=dict)  # plan.json of other arms, by arm
+
+
+def write(path, data: ReportData) -> None:
+    """Write the report of `data` to `path`, whole or not at all.
+
+    Raises InputError where the data do not fit together or the path cannot be written.
+    """
+    path, text = Path(path), render(data)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write the report to {path}: {error.strerror}; "
+            "name a folder that exists, is writable and has room for 10 MB"
+        ) from error
+
+
+def render(data: ReportData) -> str:
+    """The page as text. Raises InputError where the data do not fit together."""
+    from plotly.offline import get_plotlyjs
+
+    lost: list[str] = []
+    results, plan = tables.finite(data.results, lost), tables.finite(data.plan, lost)
+    plans = {name: tables.finite(other) for name, other in data.plans.items()}
+    validate(data, results, {"the plan": plan, **plans})
+    arms, chosen = results["arms"], chosen_arm(results["arms"], plan, data.arm)
+    sites, remainder = tables.finite(data.sites), tables.finite(data.remainder)
+    values = {
+        "plotly_js": Markup(get_plotlyjs()),
+        "embed": embed,
+        "shown": tables.shown,
+        "whole": tables.whole,
+        "prefixed": tables.prefixed,
+        "results": results,
+        "plan": plan,
+        "arms": arms,
+        "chosen": chosen,
+        "headline": dict(zip((column.key for column in HEADLINE),
+                             tables.cells(arms, HEADLINE)[arms.index(chosen)], strict=True)),
+        "rival": tables.rival(arms, chosen),
+        "float_fid": tables.shown(arms[0].get("fid"), tables.short),
+        "arm_tables": {name: (columns, tables.cells(arms, columns)) for name, columns in
+                       (("quality", tables.QUALITY), ("speed", tables.SPEED),
+                        ("further", tables.FURTHER))},
+        "figures": {figure.name: figure for figure in drawn(data, arms, chosen, plan, plans)},
+        "strips": {name: (*figures.strip(value), len(value))
+                   for name, value in data.images.items()},
+        "rows": tables.site_rows(sites, plan),
+        "share": tables.integer_share(sites, remainder, plan),
+        "remainder": sorted(remainder, key=lambda op: -(op.get("macs") or 0)),
+        "environment": tables.finite(data.environment),
+        "stages": tables.finite(data.stages),
+        "command": data.command,
+        "lost": lost,
+    }  # fmt: skip
+    source = files("mpqdiff.report").joinpath("page.html.jinja").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source).render(values)
+
+
+HEADLINE = tables.QUALITY + tables.SPEED
+
+
+def drawn(data: ReportData, arms, chosen, plan, plans) -> list[figures.Figure]:
+    """The figures that the data have something for."""
+    others = {name: other for name, other in plans.items() if name != chosen["arm"]}
+    found = [
+        figures.quality(arms, chosen),
+        figures.bits(data.sites, {chosen["arm"]: plan, **others}),
+        figures.importance(np.asarray(data.importance, np.float64), data.timesteps,
+                           data.site_paths, data.score_name),
+    ]  # fmt: skip
+    if data.matrix is not None:
+        found.append(figures.orthogonality(np.asarray(data.matrix), data.site_paths))
+    if data.pareto:
+        found.append(figures.pareto(tables.finite(data.pareto), chosen))
+    return [figure for figure in found if figure is not None]
+
+
+def embed(value) -> Markup:
+    """`value` as JSON that cannot end the script element it stands in."""
+    text = json.dumps(tables.finite(value), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def chosen_arm(arms: list[dict], plan: dict, name: str | None) -> dict:
+    """The arm that runs the plan: the one named, or the first of the plan's system."""
+    key, wanted = ("arm", name) if name is not None else ("system", plan.get("system"))
+    for arm in arms[1:]:
+        if arm.get(key) == wanted:
+            return arm
+    known = ", ".join(str(arm.get(key)) for arm in arms[1:])
+    raise InputError(f"no quantised arm has {key} {wanted!r}; the results have: {known or 'none'}")
+
+
+def validate(data: ReportData, results: dict, plans: dict[str, dict]) -> None:
+    """Raise InputError where results, plans, sites and arrays do not fit together."""
+    if results.get("schema") != 1 or not results.get("arms"):
+        raise InputError(f"results of schema {results.get('schema')!r} with "
+                         f"{len(results.get('arms') or ())} arms; expected schema 1 and the "
+                         "float arm at least; run the evaluation again")  # fmt: skip
+    names = [arm["arm"] for arm in results["arms"]]
+    if len(set(names)) != len(names):
+        raise InputError(f"arm names {names} repeat; give each arm its own")
+    if unknown := sorted({*data.plans, *data.images} - set(names)):
+        raise InputError(f"plans or images of unknown arms {unknown}; the results have: {names}")
+    paths = {site["path"] for site in data.sites}
+    for name, plan in plans.items():
+        if unknown := sorted(set(plan["sites"]) - paths):
+            raise InputError(f"{name} has bits for sites {unknown} that the site list lacks; "
+                             "both must come from the same model")  # fmt: skip
+    size = (len(data.timesteps), len(data.site_paths))
+    expected = {"importance": (data.importance, size), "matrix": (data.matrix, (size[1], size[1]))}
+    for name, (array, shape) in expected.items():
+        if array is not None and np.shape(array) != shape:
+            raise InputError(f"{name} has shape {np.shape(array)}; expected {shape} for "
+                             f"{size[0]} timesteps and {size[1]} sites")  # fmt: skip

@@ -1,0 +1,155 @@
+"""The one-budget allocation as a linear program, solved exactly by one sort, then rounded.
+
+    minimise  sum_l sum_k x_lk value_lk   s.t.  sum_l sum_k x_lk cost_lk <= budget,
+              sum_k x_lk = 1,  x >= 0,  x_lk = 0 where choice k is not legal
+
+(multiple-choice knapsack; Sinha and Zoltners 1979). Only choices on a site's lower convex hull of
+(cost, value) carry weight, and walking the hulls in order of slope is optimal, with one site at
+most between two choices. With value linear in bits this is MPQ-Diff's and OMPQ's programme
+(arXiv 2412.00144, 2109.07865) in closed form.
+
+`relax` is pure jnp: the number of operations traced depends neither on L nor on the number of
+budgets. It needs float64, so the functions below it open an x64 scope on the CPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpqdiff.records import Allocation, Problem
+from mpqdiff.solve.feasible import check_budget, row, spent
+
+# Slopes closer than this are one line: its choices all stay steps, so that rounding is finer.
+COLLINEAR = 1e-12
+
+
+class Relaxation(NamedTuple):
+    """The LP and its rounding at M budgets."""
+
+    choice: jax.Array  # int32 [M,L], floor of the vertex and density repair
+    objective: jax.Array  # float64 [M], value of `choice`
+    bound: jax.Array  # float64 [M], value of the LP
+    bits: jax.Array  # float64 [M,L], mean bits at the LP vertex
+
+
+def hull(cost, value, legal):
+    """Choices on the lower convex hull of each site, cheapest first, int [L,K].
+
+    cost, value [L,K]; legal bool [L,K]. A shorter hull repeats its last choice. Each step goes
+    to the choice of greatest saving per cost, the cheapest where several lie on one line.
+    """
+    cost = jnp.where(legal, cost, jnp.inf)
+    least = cost.min(axis=1, keepdims=True)
+    start = jnp.where(cost == least, jnp.where(legal, value, jnp.inf), jnp.inf).argmin(axis=1)
+
+    def step(current, _):
+        cost_0 = jnp.take_along_axis(cost, current[:, None], axis=1)
+        value_0 = jnp.take_along_axis(value, current[:, None], axis=1)
+        better = legal & (cost > cost_0) & (value < value_0)
+        rise = jnp.where(better, cost - cost_0, 1.0)
+        density = jnp.where(better, value_0 - value, 0.0) / rise
+        best = density.max(axis=1, keepdims=True)
+        on_line = better & (density >= best * (1 - COLLINEAR))
+        nearest = jnp.where(on_line, cost, jnp.inf).argmin(axis=1)
+        current = jnp.where(better.any(axis=1), nearest, current)
+        return current, current
+
+    _, later = jax.lax.scan(step, start, length=cost.shape[1] - 1)
+    return jnp.concatenate([start[:, None], later.T], axis=1)
+
+
+def relax(value, cost, legal, w_bits, limits) -> Relaxation:
+    """Solve and round at each of `limits` [M]; value, cost, legal [L,K], w_bits [K].
+
+    All float64 and finite where legal; every limit at least the cheapest legal total. Ties
+    between slopes go to the earlier site.
+    """
+    sites, choices = cost.shape
+    vertex = hull(cost, value, legal)
+    at_vertex = [jnp.take_along_axis(a, vertex, axis=1) for a in (cost, value)]
+    rise, gain = jnp.diff(at_vertex[0], axis=1), -jnp.diff(at_vertex[1], axis=1)
+    slope = jnp.where(rise > 0, gain / jnp.where(rise > 0, rise, 1.0), -1.0)
+    # Rounding must not sort a step ahead of the one that it starts from.
+    slope = jax.lax.cummin(slope, axis=1)
+    order = jnp.argsort(-slope.reshape(-1), stable=True)
+    rise = rise.reshape(-1)[order]
+    site, step = order // (choices - 1), order % (choices - 1)
+    start = at_vertex[0][:, 0].sum()
+    before = jnp.cumsum(rise) - rise
+
+    def one(limit):
+        taken = jnp.clip((limit - start - before) / jnp.where(rise > 0, rise, 1.0), 0.0, 1.0)
+        taken = jnp.where(rise > 0, taken, 0.0)
+        taken = jnp.zeros_like(taken).at[order].set(taken).reshape(sites, choices - 1)
+        edge = jnp.ones((sites, 1), cost.dtype)
+        # Share of each hull choice: a sum of positive terms, where summing gains would cancel.
+        share = jnp.concatenate([edge, taken], 1) - jnp.concatenate([taken, 0 * edge], 1)
+
+        def repair(carry, move):
+            level, total = carry
+            rise, site, step = move
+            fits = (rise > 0) & (level[site] == step) & (total + rise <= limit)
+            return (level.at[site].add(fits), total + jnp.where(fits, rise, 0.0)), None
+
+        begin = (jnp.zeros(sites, vertex.dtype), start)
+        (level, _), _ = jax.lax.scan(repair, begin, (rise, site, step))
+        choice = jnp.take_along_axis(vertex, level[:, None], axis=1)
+        objective = jnp.take_along_axis(value, choice, axis=1).sum()
+        bound = (share * at_vertex[1]).sum()
+        return Relaxation(
+            choice=choice[:, 0].astype(jnp.int32),
+            objective=objective,
+            bound=jnp.minimum(bound, objective),
+            bits=(share * w_bits[vertex]).sum(axis=1),
+        )
+
+    return jax.vmap(one)(limits)
+
+
+_relax = jax.jit(relax)
+
+
+def _run(problem: Problem, budgets: Sequence[float]) -> Relaxation:
+    """`relax` in float64 on the CPU, whatever the default back end; host arrays."""
+    for budget in budgets:
+        check_budget(problem, float(budget))
+    rows = [row(problem, float(budget)) for budget in budgets]
+    value, cost, legal, _ = rows[0]
+    limits = np.asarray([one.limit for one in rows], np.float64)
+    clean = [np.where(legal, array, 0.0) for array in (value, cost)]
+    bits = np.asarray(problem.w_bits, np.float64)
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.tree.map(np.asarray, _relax(*clean, legal, bits, limits))
+
+
+def _allocation(choice: Any, objective, bound, bits: Any) -> Allocation:
+    objective, bound = float(objective), float(bound)
+    gap = max(objective - bound, 0.0)
+    status = "optimal" if gap <= 1e-9 * abs(objective) else "rounded"
+    return Allocation(choice, objective, bound, gap, status, bits)
+
+
+def solve_many(problem: Problem, budgets: Sequence[float]) -> list[Allocation]:
+    """One allocation per budget, all in one compiled call; `problem.budgets` plays no part.
+
+    `bound` is the LP's value and `fractional` its mean bits; status "optimal" when the rounded
+    choice reaches the bound (to 1e-9 of it). Raises InputError, stating the minimum, on a budget below it.
+    """
+    out = _run(problem, budgets)
+    return [_allocation(*each) for each in zip(*out, strict=True)]
+
+
+def solve(problem: Problem) -> Allocation:
+    """The allocation at the problem's own budget; see `solve_many`."""
+    return solve_many(problem, [float(np.asarray(problem.budgets)[0])])[0]
+
+
+def certify(problem: Problem, choice) -> Allocation:
+    """The record of a choice found by other means, int [L], with the LP's value as its bound."""
+    out = _run(problem, [float(np.asarray(problem.budgets)[0])])
+    objective = spent(np.asarray(problem.value, np.float64), choice)
+    choice = np.asarray(choice, np.int32)
+    return _allocation(choice, objective, min(float(out.bound[0]), objective), None)

@@ -1,0 +1,5 @@
+"""Model weights: safetensors files with a JSON description, and the embedded zoo."""
+
+from mpqdiff.weights.store import ZOO, initialise, load, save
+
+__all__ = ["ZOO", "initialise", "load", "save"]

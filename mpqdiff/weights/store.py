@@ -1,0 +1,90 @@
+"""Weights as safetensors (float16 or float32 on disk, float32 in memory) with their own model.
+
+The file's metadata holds the model's name and arguments, so a weights file is enough to rebuild
+the network. Embedded files live in `zoo/`, each with a model card of the same name.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mpqdiff import models
+from mpqdiff.errors import InputError
+
+ZOO = Path(__file__).parent / "zoo"
+
+
+def save(path: Path, params, *, model: dict, dtype=np.float16) -> None:
+    """Write `params` (a nested dict of arrays) as `dtype`, atomically.
+
+    `model` is `{"name": ..., "kwargs": {...}}`. InputError when a value is not finite in `dtype`.
+    """
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    stored = {name: np.asarray(leaf, dtype) for name, leaf in flat.items()}
+    bad = [name for name, leaf in stored.items() if not np.isfinite(leaf).all()]
+    if bad:
+        raise InputError(f"{bad[0]} is not finite as {np.dtype(dtype).name}: nothing was written")
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    save_file(stored, partial, metadata={"model": json.dumps(model)})
+    os.replace(partial, path)
+
+
+def load(source: str):
+    """(module, params, model description) of a zoo name or a path to a safetensors file.
+
+    Raises InputError when the file is missing, cut short, holds NaN, or does not fit its model.
+    """
+    path = ZOO / f"{source}.safetensors"
+    if not path.exists():
+        path = Path(source)
+    if not path.is_file():
+        known = sorted(card.stem for card in ZOO.glob("*_dit*.safetensors"))
+        raise InputError(
+            f"weights {source!r}: no such file; embedded weights: {', '.join(known) or 'none'}"
+        )
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            metadata = stored.metadata() or {}
+            flat = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"weights {path}: cut short or damaged ({error})") from error
+    if "model" not in metadata:
+        raise InputError(f"weights {path}: the file's metadata names no model; save it with "
+                         "mpqdiff.weights.save")
+    model = json.loads(metadata["model"])
+    module = models.build(model["name"], **model["kwargs"])
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    check(module, params, str(path))
+    return module, params, model
+
+
+def initialise(module, key):
+    """Random parameters of an image denoiser; `key` is consumed."""
+    size, channels = module.image_size, module.channels
+    x_t = jnp.zeros((1, size, size, channels))
+    row = jnp.zeros((1,), jnp.int32)
+    return jax.jit(module.init)(key, x_t, row, row)["params"]
+
+
+def check(module, params, where: str) -> None:
+    """InputError unless `params` has exactly the module's leaves and shapes, all finite."""
+    shapes = jax.eval_shape(lambda key: initialise(module, key), jax.random.key(0))
+    expected = traverse_util.flatten_dict(shapes, sep="/")
+    got = traverse_util.flatten_dict(params, sep="/")
+    missing, extra = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or extra:
+        raise InputError(f"weights {where}: missing {missing or 'none'}, unexpected "
+                         f"{extra or 'none'}")
+    for name, leaf in got.items():
+        if leaf.shape != expected[name].shape:
+            raise InputError(f"weights {where}: {name} has shape {leaf.shape}, the model needs "
+                             f"{expected[name].shape}")
+        if not np.isfinite(leaf).all():
+            raise InputError(f"weights {where}: {name} holds NaN or infinity")

@@ -1,0 +1,392 @@
+"""The report: what is in the file, what is not, and what a browser makes of it."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from mpqdiff import report
+from mpqdiff.errors import InputError
+from mpqdiff.report import tables
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+EVIL = "random </script x> <script>alert(1)</script> </style <!-- & co"
+BLOCKS = [f"blocks_{i}/{part}" for i in range(3) for part in ("adaln", "qkv", "scores", "mlp_in")]
+PATHS = ["patch_embed", *BLOCKS, "pooler", "final/linear"]  # 15 sites
+
+
+def arm(name, system, bits, nbytes, execution="integer", /, **values):
+    """An arm with every key of the contract, null where not given."""
+    keys = (
+        "ms_per_image speedup speedup_same_steps peak_bytes resident_bytes energy_j fid fid_ci "
+        "delta_fid damage kid kid_ci sfid is precision recall psnr psnr_ci ssim x0_mse"
+    )
+    return {
+        "arm": name, "system": system, "avg_w_bits": bits, "bytes": nbytes,
+        "file_bytes": nbytes - 5011, "compression": 4312016 / (nbytes - 5011),
+        "bitops": 1.234567e9 * bits, "steps": 20, "execution": execution, "backend": "kernels",
+        "n_images": 256, "seed": 0, **dict.fromkeys(keys.split()), **values,
+    }  # fmt: skip
+
+
+def arms():
+    speed = {"iqr": 0.8123456789, "n": 9, "batch": 64}
+    return [
+        arm("float32", "float32", 32.0, 4317027, "float", backend="xla", speedup=1.0,
+            speedup_same_steps=1.0, fid=9.87654321, fid_ci=[9.5, 10.2], kid=0.0123456789,
+            kid_ci=[0.0101, 0.0141], damage=0.0123, sfid=11.25,
+            ms_per_image={"median": 31.4159265358979, **speed}),
+        arm("mpq_diff", "mpq_diff", 4.66, 701234, psnr=25.617283945, psnr_ci=[25.4, 25.8],
+            x0_mse=0.00123456789012345, ssim=0.912345, fid=10.0123, fid_ci=[9.7, 10.4],
+            kid=0.0131, kid_ci=[0.0110, 0.0150], damage=0.0234567, delta_fid=0.13578,
+            speedup=1.31415, speedup_same_steps=1.31415, resident_bytes=812345,
+            ms_per_image={"median": 23.90123, **speed}),
+        arm("uniform", "uniform", 4.64, 700111, psnr=25.3, psnr_ci=[25.1, 25.5], x0_mse=0.0013,
+            ssim=0.9, fid=12.0, fid_ci=[11.5, 12.4], kid=0.02, kid_ci=[0.018, 0.022],
+            damage=0.08, delta_fid=2.1, speedup=1.3, speedup_same_steps=1.3,
+            peak_bytes=9123456, resident_bytes=811222, energy_j=0.0123, sfid=14.5, precision=0.71,
+            recall=0.62, **{"is": 8.25},
+            ms_per_image={"median": 24.01, **speed}),
+        arm(EVIL, "random", 4.65, 700888, "simulated", psnr=23.1, psnr_ci=[22.8, 23.3],
+            x0_mse=0.0021, fid=13.1, fid_ci=[12.4, 13.9], kid=0.031, kid_ci=[0.028, 0.034],
+            speedup=1.02),
+        arm("size_only", "size_only", 4.61, 699000, psnr=math.inf, x0_mse=math.nan),
+    ]  # fmt: skip
+
+
+def bits(seed):
+    """plan.json's sites: weights at 4 or 8, products by operand, one site left in float."""
+    rng = np.random.default_rng(seed)
+    sites = {}
+    for path in PATHS:
+        w_bits = int(rng.choice([4, 8])) if "embed" not in path and "final" not in path else 8
+        sites[path] = {"w_bits": w_bits, "stored_bits": [w_bits], "a_bits": 8}
+        if "scores" in path:
+            sites[path] = {"w_bits": None, "stored_bits": [], "a_bits": {"lhs": 8, "rhs": 8}}
+    sites["pooler"] = {"w_bits": None, "stored_bits": [], "a_bits": None}
+    return sites
+
+
+def plan(system, seed):
+    return {
+        "schema": 1, "model": {"name": "fashion_dit", "hash": "3f2a"}, "sites": bits(seed),
+        "activations": {"mode": "step_table", "groups": [[950, 500], [450, 0]]},
+        "timesteps": list(range(950, -1, -50)), "tokens": {}, "base_method": "nearest",
+        "budgets": {"device_bytes": 701500}, "predicted": {"damage": 0.0191}, "objective": 1.25,
+        "bound": 1.21, "gap": 0.04, "system": system, "provenance": {"seed": 0},
+    }  # fmt: skip
+
+
+def site(path):
+    product, first = "scores" in path, path in ("patch_embed", "final/linear")
+    return {
+        "path": path, "kind": "product" if product else "dense",
+        "shape": [196, 196] if product else [96, 288], "parameters": 0 if product else 27648,
+        "macs": 1354752, "pinned": first, "time_only": "adaln" in path,
+        "reason": "excluded by config.sites.skip" if path == "pooler" else None,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    level, drift = rng.uniform(0.1, 0.5, len(PATHS)), np.linspace(0.0, 0.4, 20)
+    matrix = np.exp(-np.abs(np.subtract.outer(np.arange(15), np.arange(15))) / 3.0)
+    importance = level[None] + drift[:, None] * rng.uniform(0.5, 1.0, (20, 15))
+    importance[3, 4] = np.nan
+    pictures = rng.integers(0, 255, (8, 28, 28, 1), dtype=np.uint8)
+    return report.ReportData(
+        results={"schema": 1, "arms": arms(), "protocol": {
+            "fid": "64 features of fashion_classifier, 256 images against 10000 of the test set",
+            "psnr": "256 images, same seeds as float32"}},
+        plan=plan("mpq_diff", 1), sites=[site(path) for path in PATHS],
+        remainder=[{"name": "einsum blocks_0/pool", "macs": 12544}],
+        timesteps=np.arange(950, -1, -50),
+        importance=importance, score_name="orthogonality", matrix=matrix, site_paths=PATHS,
+        images={a["arm"]: np.roll(pictures, i, 1) for i, a in enumerate(arms()[:4])},
+        environment={"python": "3.11.9", "jax": "0.10.2", "device": "cpu, 2 cores", "gpu": None},
+        command="mpqdiff run --config=configs/quickstart.py --workdir=runs/quickstart",
+        stages=[{"name": "record", "seconds": 31.25, "cached": False},
+                {"name": "solve", "seconds": 0.5, "cached": True}],
+        pareto=[{"bytes": 600000 + 50000 * i, "objective": 3.0 / (i + 1)} for i in range(6)],
+        plans={"uniform": plan("uniform", 2), EVIL: plan("random", 3)},
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects what the tests look at."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.references, self.numbers, self.scripts, self.text, self.ids = [], [], [], {}, set()
+        self.styles, self.counts, self._inside, self._number = "", {}, None, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        links = ("src", "href", "srcset", "xlink:href", "action")
+        self.references += [attrs[k] or "" for k in links if k in attrs]
+        self.ids.add(attrs.get("id"))
+        self._number = None
+        if "data-value" in attrs:
+            self._number = (attrs["data-arm"], attrs["data-key"], attrs["data-value"])
+            self.numbers.append(self._number)
+        self._inside = (tag, attrs.get("id"))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = self._number = None
+
+    def handle_data(self, data):
+        if self._inside and self._inside[0] == "script":
+            self.scripts[-1] += data
+        elif self._inside and self._inside[0] == "style":
+            self.styles += data
+        if self._inside and self._inside[1]:
+            self.text[self._inside[1]] = self.text.get(self._inside[1], "") + data
+        if self._number:
+            self.text[self._number] = data.strip()
+
+
+@pytest.fixture(scope="module")
+def path(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    report.write(path, data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(path):
+    return Page(path.read_text("utf-8"))
+
+
+def at(value, key):
+    """The value at a dotted key of results.json, indices included."""
+    for part in key.split("."):
+        if value is None:
+            return None
+        value = value[int(part)] if isinstance(value, list) else value.get(part)
+    return value
+
+
+def check_numbers(page):
+    """Every number of the page equals that of the embedded results, and none is left out."""
+    results = json.loads(page.text["results"])
+    by_name = {a["arm"]: a for a in results["arms"]}
+    for name, key, value in page.numbers:
+        assert json.loads(value) == at(by_name[name], key), (name, key)
+    shown = {(name, key.removesuffix(".0").removesuffix(".1")) for name, key, _ in page.numbers}
+    for name, values in by_name.items():
+        for key, value in values.items():
+            keys = [f"{key}.{k}" for k in value] if isinstance(value, dict) else [key]
+            if any(isinstance(at(values, k), int | float | list) for k in keys):
+                assert {(name, k) for k in keys} <= shown
+    return results
+
+
+def test_numbers_are_those_of_the_results(page, data):
+    results = check_numbers(page)
+    assert results["protocol"] == data.results["protocol"]
+    assert results["arms"][:4] == data.results["arms"][:4]  # full precision
+    assert results["arms"][4]["psnr"] is None and results["arms"][4]["x0_mse"] is None
+
+
+def test_nothing_points_outside(page):
+    outside = [r for r in page.references if not r.startswith(("#", "data:image/png;base64,"))]
+    assert page.references and not outside
+    assert "url(" not in page.styles and "@import" not in page.styles
+    own = "".join(script for script in page.scripts if len(script) < 1_000_000)
+    assert not re.search(r"https?://", own)
+
+
+def test_plotly_is_there_once(page):
+    assert sum("plotly.js v" in script for script in page.scripts) == 1
+
+
+def test_all_sections_and_arms(page, data):
+    names = {name for name, _, _ in page.numbers}
+    assert names == {a["arm"] for a in data.results["arms"]}
+    assert {"quality", "pareto", "bits", "importance", "orthogonality", "menu-quality",
+            "menu-bits", "table-quality", "table-speed", "table-further", "table-sites",
+            "table-left", "table-stages", "table-environment", "command"} <= page.ids  # fmt: skip
+    assert page.counts["img"] == len(data.images)
+
+
+def test_nulls_are_dashes(page):
+    nulls = [n for n in page.numbers if n[2] == "null"]
+    assert ("float32", "psnr", "null") in nulls and ("size_only", "fid", "null") in nulls
+    assert {page.text[n] for n in nulls} == {tables.DASH}
+
+
+def test_names_are_escaped(path, page):
+    text = path.read_text("utf-8")
+    assert "<script>alert" not in text and "</script x" not in text
+    assert "random &lt;/script x&gt; &lt;script&gt;alert" in text
+    assert any(name == EVIL for name, _, _ in page.numbers)
+
+
+def test_nothing_but_json_in_the_data(page):
+    def refuse(word):
+        raise AssertionError(f"{word} in JSON")
+
+    blocks = [s for s in page.scripts if s.startswith("{")]
+    assert len(blocks) == 6  # results and five figures
+    for block in blocks:
+        json.loads(block, parse_constant=refuse)
+
+
+def test_what_was_lost_is_said(path):
+    text = path.read_text("utf-8")
+    assert "arms[4].psnr = inf" in text and "arms[4].x0_mse = nan" in text
+
+
+def test_figures_are_valid_plotly(data):
+    rows = tables.finite(arms())
+    found = report.drawn(data, rows, rows[1], data.plan, data.plans)
+    assert [f.name for f in found] == ["quality", "bits", "importance", "orthogonality", "pareto"]
+    for figure in found:
+        go.Figure(figure.data, figure.layout)  # raises on an unknown property
+        assert all(len(c.visible) == len(figure.data) for c in figure.choices)
+    quality, bars, heat = found[:3]
+    drawn = {t["name"]: t for t, show in zip(quality.data, quality.choices[0].visible, strict=True)
+             if show}  # fmt: skip
+    assert set(drawn) == {"mpq_diff", "uniform", html.escape(EVIL, quote=False)}
+    assert drawn["mpq_diff"]["error_y"]["array"] == [pytest.approx(25.8 - 25.617283945)]
+    widths = dict(zip(bars.data[0]["y"], bars.data[0]["x"], strict=True))
+    assert widths["patch_embed"] == 8 and widths["pooler"] is None
+    assert heat.data[0]["z"][4][3] is None and heat.data[0]["z"][2][7] == pytest.approx(
+        data.importance[7, 2], rel=1e-3
+    )
+
+
+def test_intervals_decide_ties():
+    psnr, kid = (next(c for c in tables.QUALITY if c.key == key) for key in ("psnr", "kid"))
+    rows = tables.finite(arms())
+    assert tables.ties(rows, psnr) == [(), ("best",), ("tie with best",), (), ()]
+    assert tables.ties(rows, kid) == [(), ("best", "tie with float"), (), (), ()]
+
+
+def test_verdict_on_the_best_rival():
+    rows = tables.finite(arms())
+    assert tables.rival(rows, rows[1]) == (rows[2], "tie")
+    rows[2]["psnr_ci"] = [25.2, 25.35]
+    assert tables.rival(rows, rows[1]) == (rows[2], "better")
+    rows[2] |= {"psnr": 26.0, "psnr_ci": [25.9, 26.1]}
+    assert tables.rival(rows, rows[1]) == (rows[2], "worse")
+    rows[2]["bytes"] = rows[1]["bytes"] + 1
+    assert tables.rival(rows, rows[1]) == (rows[3], "better")
+
+
+def test_indicative_below_2000_images():
+    column = next(c for c in tables.QUALITY if c.key == "fid")
+    rows = tables.finite(arms())
+    rows[2]["n_images"] = 2000
+    labels = [row[0].labels for row in tables.cells(rows, [column])]
+    assert ["indicative" in words for words in labels] == [True, True, False, True, False]
+
+
+def test_bytes_and_share_of_a_plan(data):
+    rows = {row["path"]: row for row in tables.site_rows(data.sites, data.plan)}
+    assert rows["patch_embed"]["bytes"] == "27,648" and rows["pooler"]["bytes"] == "110,592"
+    assert tables.packed_bytes(100, {"w_bits": [4, 3], "stored_bits": [3, 4]}) == 100
+    assert rows["blocks_0/scores"]["a_bits"] == "lhs 8; rhs 8" and rows["pooler"]["in_float"]
+    assert tables.integer_share(data.sites, data.remainder, data.plan) == pytest.approx(
+        14 * 1354752 / (15 * 1354752 + 12544)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"importance": np.zeros((3, 2))}, "importance has shape"),
+        ({"matrix": np.zeros((2, 2))}, "matrix has shape"),
+        ({"results": {"schema": 2, "arms": arms()}}, "schema 2"),
+        ({"results": {"schema": 1, "arms": []}}, "0 arms"),
+        ({"arm": "nobody"}, "nobody"),
+        ({"images": {"float32": np.zeros((2, 8, 8, 2), np.uint8)}}, "C 1 or 3"),
+        ({"plans": {"ghost": plan("ghost", 0)}}, "ghost"),
+        ({"pareto": [{"bytes": 1}]}, "objective"),
+    ],
+)
+def test_unusable_input_leaves_the_old_file(data, tmp_path, changes, message):
+    path = tmp_path / "report.html"
+    path.write_text("before")
+    with pytest.raises(InputError, match=message):
+        report.write(path, replace(data, **changes))
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_that_cannot_be_written(data, tmp_path):
+    with pytest.raises(InputError, match="cannot write the report"):
+        report.write(tmp_path / "absent" / "report.html", data)
+
+
+def test_smoke_results_without_metrics(data, tmp_path):
+    bare = [arm("float32", "float32", 32.0, 4317027, "float"), arm("p", "mpq_diff", 4.6, 700000)]
+    report.write(tmp_path / "r.html", replace(
+        data, results={"schema": 1, "protocol": {}, "arms": bare}, matrix=None, pareto=None,
+        plans={}, images={}, remainder=[]))  # fmt: skip
+    page = Page((tmp_path / "r.html").read_text("utf-8"))
+    check_numbers(page)
+    assert "bits" in page.ids and not {"quality", "orthogonality", "menu-bits"} & page.ids
+
+
+def test_simulated_arms_claim_no_speed(data):
+    rows = tables.cells(tables.finite(arms()), tables.SPEED)
+    assert [row[-1].labels for row in rows] == [(), (), (), ("simulated: no claim",), ()]
+
+
+def in_browser(path, tmp_path):
+    """The document of `path` after its scripts have run in headless Chromium, and its parse."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True)  # fmt: skip
+    page = Page(done.stdout)
+    assert "errors" in page.ids and page.text.get("errors", "") == ""
+    return done.stdout, page
+
+
+def drawing(document, name):
+    """The part of the document between a figure's element and its caption."""
+    return document.split('<div class="plot', 1)[1].split(f'id="{name}"', 1)[1].split(
+        "<figcaption>", 1)[0]  # fmt: skip
+
+
+def test_browser_draws_every_figure(path, tmp_path):
+    document, page = in_browser(path, tmp_path)
+    for name in ("quality", "bits", "importance", "orthogonality", "pareto"):
+        assert "main-svg" in drawing(document, name), name
+    for name in ("importance", "orthogonality"):
+        assert 'href="data:image/png' in drawing(document, name)  # the cells of the heat map
+    assert drawing(document, "bits").count('class="point"') == len(PATHS)
+    assert "Paired PSNR, dB" in drawing(document, "quality")
+    assert not [r for r in page.references if not r.startswith(("#", "data:"))]
+    check_numbers(page)
+
+
+def test_browser_menus_change_the_figures(path, tmp_path):
+    choose = """<script>for (const [id, at] of [["menu-quality", 3], ["menu-bits", 1]]) {
+      const menu = document.getElementById(id); menu.value = at;
+      menu.dispatchEvent(new Event("change")); }</script></body>"""
+    changed = tmp_path / "changed.html"
+    changed.write_text(path.read_text("utf-8").replace("</body>", choose), "utf-8")
+    document, _ = in_browser(changed, tmp_path)
+    quality = drawing(document, "quality")
+    assert "FID (lower is better)" in quality and "Paired PSNR" not in quality
+    assert ">float32<" in quality  # the line of the float model
+    assert "random &lt;/script x&gt; &lt;script&gt;alert(1)" in quality  # in the legend, as text
+    assert drawing(document, "bits").count('class="point"') == 2 * len(PATHS)

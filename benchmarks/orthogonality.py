@@ -16,9 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import Precision
 from tqdm import tqdm
 
+from mpqdiff.record import centred_gram
 from mpqdiff.sensitivity.orthogonality import orm
 
 
@@ -43,14 +43,14 @@ def _centred_gram(x: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def ours(features):
-    """The same, one timestep at a time under `vmap`."""
-
-    def one(x):
-        centred = x - x.mean(axis=1, keepdims=True)
-        gram = jnp.einsum("lnd,lmd->lnm", centred, centred, precision=Precision.HIGHEST)
-        return orm(gram)
-
-    return jax.vmap(one)(features)
+    """The same with every Gram built once, as recording builds it, and all pairs at once."""
+    timesteps, sites, samples, width = features.shape
+    # One product after another: XLA's batched product is several times slower on CPUs.
+    gram, row_sums = jax.lax.map(centred_gram, features.reshape(-1, samples, width))
+    gram = gram.reshape(timesteps, sites, samples, samples)
+    return jax.vmap(lambda k, r: orm(k, row_sums=r))(
+        gram, row_sums.reshape(timesteps, sites, samples)
+    )
 
 
 def seconds(function, *args) -> float:

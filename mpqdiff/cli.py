@@ -95,7 +95,7 @@ def _plain(error: Exception) -> str:
 
 
 def _workdir(arguments: list[str]) -> Path | None:
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, has_value, value = word.lstrip("-").partition("=")
         if name == "workdir" and word.startswith("-"):
             return Path(value if has_value else following)

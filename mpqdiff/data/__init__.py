@@ -102,7 +102,8 @@ def _write_arrays(path: Path, examples: Examples) -> None:
 
 def _read_arrays(path: Path) -> Examples:
     try:
-        with np.load(path, allow_pickle=False) as stored:  # zip members carry a checksum
+        # Opened here because np.load leaves a damaged file open. Zip members carry a checksum.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return Examples(**{field: stored[field] for field in Examples._fields})
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged ({error}): delete it and run again") from error

@@ -101,7 +101,7 @@ def read_cifar10(files: Mapping[str, Path], split: str) -> Examples:
     *batches, table = (files[name] for name in CIFAR10_FILES[split])
     images = np.concatenate([_npy_xz(batch) for batch in batches])
     try:
-        with np.load(table, allow_pickle=False) as stored:
+        with table.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             labels, rows = stored[split], stored[f"inexact_{split}"]
     except UNREADABLE as error:
         raise _corrupted(table, error) from error

@@ -30,7 +30,7 @@ from mpqdiff.errors import InputError
 from mpqdiff.evaluate import features
 
 NAME, REFERENCE = "fashion_classifier", "fashion_reference"
-MAX_SHIFT = 2  # pixels
+MAX_SHIFT = 1  # pixel
 SAMPLE = {"train": 4000, "test": 5000}  # features kept, per split
 
 
@@ -125,12 +125,12 @@ in this space only.
 | | |
 |---|---|
 | input | uint8 [n, {shape}], scaled inside to [-1, 1] |
-| convolutions | {convolutions} as (width, window, stride), each with GroupNorm(8) and ReLU |
+| convolutions | {convolutions} as (width, window, max pooling), then GroupNorm(8), ReLU |
 | linear layers | {num_features} (the features, no activation), {num_classes} (logits) |
 | parameters | {parameters:,}, stored as float16 ({size:,} bytes), computed in float32 |
 | data | Fashion-MNIST (Zalando SE, MIT licence), {num_train:,} training images |
 | command | `python -m mpqdiff.evaluate.train_features --data_dir=DATA --out=OUT {flags}` |
-| training | AdamW, cosine schedule after 200 steps of warm-up, shifts of up to {shift} pixels |
+| training | AdamW, cosine schedule after 200 steps of warm-up, shifts of up to {shift} pixel |
 | epochs, batch | {epochs}, {batch} |
 | learning rate, weight decay | {learning_rate}, {weight_decay} |
 | seed | {seed} |
@@ -211,8 +211,8 @@ def define_flags() -> None:
     """Not on import, where the names could meet those of another program."""
     flags.DEFINE_string("data_dir", None, "Folder that holds fashion_mnist/; empty: download.")
     flags.DEFINE_string("out", None, "Folder for the weights, the card and the reference.")
-    flags.DEFINE_integer("epochs", 8, "Passes over the 60 000 training images.", lower_bound=1)
-    flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
+    flags.DEFINE_integer("epochs", 10, "Passes over the 60 000 training images.", lower_bound=1)
+    flags.DEFINE_integer("batch", 32, "Images per step.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate of AdamW.")
     flags.DEFINE_float("weight_decay", 0.05, "Decoupled weight decay of AdamW.")
     flags.DEFINE_integer("seed", 0, "Seed of weights, order, shifts and the kept features.")

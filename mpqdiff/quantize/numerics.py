@@ -134,6 +134,7 @@ def _round_weight(rows, scale, limit):
     return jnp.clip(jnp.round(rows * (1.0 / scale)), -limit, limit)
 
 
+@jax.jit  # outside of a jit, a bare scan would be compiled anew at every call
 def _least_error_scale(rows, largest, limit):
     """rows [M,N], largest [N]: the scale [N] among SHRINK * largest of least squared error."""
 

@@ -81,7 +81,8 @@ def test_missing_archives_are_named_with_their_folder(tmp_path):
         archives.local_files(tmp_path, archives.FASHION_MNIST)
     lacking = str(caught.value).partition("expected")[0]
     assert str(tmp_path) in lacking
-    assert "t10k-labels-idx1-ubyte.gz" in lacking and "train-images" not in lacking
+    assert "t10k-labels-idx1-ubyte.gz" in lacking
+    assert "train-images" not in lacking
     assert "directory=None" in str(caught.value)
 
 
@@ -147,7 +148,8 @@ def test_binary_cifar_planes_become_channels(tmp_path, monkeypatch):
 def test_the_real_fashion_archives():
     files = archives.local_files(DATA / "fashion_mnist", archives.FASHION_MNIST)
     train, test = (archives.read_fashion_mnist(files, split) for split in ("train", "test"))
-    assert train.images.shape == (60000, 28, 28, 1) and test.images.shape == (10000, 28, 28, 1)
+    assert train.images.shape == (60000, 28, 28, 1)
+    assert test.images.shape == (10000, 28, 28, 1)
     assert np.bincount(train.labels).tolist() == [6000] * 10
     assert np.bincount(test.labels).tolist() == [1000] * 10
     assert train.images.mean() / 255 == pytest.approx(0.28604, abs=1e-5)
@@ -158,5 +160,6 @@ def test_the_real_fashion_archives():
 def test_the_real_cifar_test_arrays():
     files = archives.local_files(DATA / "cifar10", archives.CIFAR10_FILES["test"])
     test = archives.read_cifar10(files, "test")
-    assert test.images.shape == (10000, 32, 32, 3) and test.inexact.sum() == 25
+    assert test.images.shape == (10000, 32, 32, 3)
+    assert test.inexact.sum() == 25
     assert np.bincount(test.labels).tolist() == [1000] * 10

@@ -55,7 +55,8 @@ def test_load_gives_the_original_order_and_needs_the_archives_once(folder, tmp_p
     for archive in (folder / "fashion_mnist").iterdir():
         archive.unlink()
     np.testing.assert_array_equal(load(split=split)[0], images)
-    assert len(load(split="train")[0]) == 40 and len(load(split="test")[0]) == 12
+    assert len(load(split="train")[0]) == 40
+    assert len(load(split="test")[0]) == 12
 
 
 def test_the_prepared_set_is_an_ordinary_tfds_set(folder, tmp_path):
@@ -66,7 +67,8 @@ def test_the_prepared_set_is_an_ordinary_tfds_set(folder, tmp_path):
     source = builder.as_data_source("train")
     expected = original(folder)
     ids = [int(source[row]["id"]) for row in range(len(source))]
-    assert sorted(ids) == list(range(COUNTS["train"])) and ids != sorted(ids)
+    assert sorted(ids) == list(range(COUNTS["train"]))
+    assert ids != sorted(ids)
     np.testing.assert_array_equal(source[5]["image"], expected.images[ids[5]])
 
 

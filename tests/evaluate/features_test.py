@@ -32,7 +32,7 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def test_set(tmp_path_factory):
+def held_out(tmp_path_factory):
     return data.load(
         "fashion_mnist", directory=DATA, cache=tmp_path_factory.mktemp("cache"), split="test"
     )
@@ -53,7 +53,8 @@ def pictures(count):
 def test_extract_does_not_depend_on_the_batch(network):
     images = pictures(7)
     values, logits = features.extract(network, images, batch=7)
-    assert values.shape == (7, 64) and logits.shape == (7, 10)
+    assert values.shape == (7, 64)
+    assert logits.shape == (7, 10)
     assert values.dtype == logits.dtype == np.float32
     compiled = features.forward._cache_size()
     padded = features.extract(network, images, batch=4)
@@ -88,7 +89,8 @@ def test_a_batch_of_none_is_refused(network):
 
 def test_shipped_files_are_small_and_described():
     weights = (features.ZOO / WEIGHTS).read_bytes()
-    assert len(weights) <= 2e6 and (features.ZOO / REFERENCE).stat().st_size <= 1.5e6
+    assert len(weights) <= 2e6
+    assert (features.ZOO / REFERENCE).stat().st_size <= 1.5e6
     card = (features.ZOO / "fashion_classifier.md").read_text()
     assert hashlib.sha256(weights).hexdigest() in card
     assert all(tensor.dtype == np.float16 for tensor in load_file(features.ZOO / WEIGHTS).values())
@@ -106,9 +108,11 @@ def test_stored_features_sample_the_stored_statistics(reference, split):
     mean, cov, values, indices = (
         getattr(reference, f"{split}_{part}") for part in ("mean", "cov", "features", "indices")
     )
-    assert mean.dtype == cov.dtype == np.float64 and values.dtype == np.float32
+    assert mean.dtype == cov.dtype == np.float64
+    assert values.dtype == np.float32
     assert len(np.unique(indices)) == len(indices) == len(values)
-    assert 0 <= indices.min() and indices.max() < getattr(reference, f"num_{split}")
+    assert indices.min() >= 0
+    assert indices.max() < getattr(reference, f"num_{split}")
     np.testing.assert_array_equal(cov, cov.T)
     assert np.linalg.eigvalsh(cov).min() > 1e-6 * np.trace(cov), "features are degenerate"
     error = np.sqrt(np.diag(cov) / len(values))
@@ -123,8 +127,8 @@ def test_the_head_labels_stored_test_features(network, reference):
 
 
 @needs_data
-def test_accuracy_of_the_shipped_classifier(network, test_set):
-    images, labels = test_set
+def test_accuracy_of_the_shipped_classifier(network, held_out):
+    images, labels = held_out
     values, logits = features.extract(network, images)
     accuracy = np.mean(logits.argmax(1) == labels)
     assert accuracy >= 0.92
@@ -209,7 +213,8 @@ def test_shifted_moves_whole_pictures():
     images = np.zeros((200, 28, 28, 1), np.uint8)
     images[:, 10:15, 8:20] = np.arange(1, 61, dtype=np.uint8).reshape(5, 12, 1)
     moved = train_features.shifted(images, np.random.default_rng(0))
-    assert moved.shape == images.shape and moved.dtype == np.uint8
+    assert moved.shape == images.shape
+    assert moved.dtype == np.uint8
     shifts = set()
     for picture in moved:
         row, column, _ = np.argwhere(picture)[0] - [10, 8, 0]
@@ -238,5 +243,6 @@ def test_training_writes_files_that_load(tmp_path, monkeypatch):
     np.testing.assert_allclose(reference.train_cov, np.cov(values.T), atol=1e-4)
     assert (reference.num_train, reference.num_test) == (96, 40)
     card = (tmp_path / "fashion_classifier.md").read_text()
-    assert network.hash in card and "--epochs=2 --batch=32" in card
+    assert network.hash in card
+    assert "--epochs=2 --batch=32" in card
     assert not list(tmp_path.glob(".*")), "temporary files are left"

@@ -37,6 +37,14 @@ def test_t_quantile_equals_scipys(dof, level):
     assert intervals.t_quantile(dof, level) == pytest.approx(expected, rel=1e-5)
 
 
+def test_mean_interval_equals_scipys():
+    x = np.random.default_rng(7).exponential(1.0, 5)
+    interval = intervals.mean_interval(x)
+    expected = stats.t.interval(0.95, 4, x.mean(), stats.sem(x))
+    assert interval.ends == pytest.approx(list(expected), rel=1e-5)
+    assert interval.value == pytest.approx(x.mean())
+
+
 def test_mean_interval_covers_at_the_stated_rate():
     rng = np.random.default_rng(0)
     hits = [intervals.mean_interval(rng.normal(3.0, 2.0, 6)).contains(3.0) for _ in range(1000)]

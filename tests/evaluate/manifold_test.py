@@ -48,8 +48,11 @@ def test_a_dropped_mode_costs_recall_only():
 
 
 def test_duplicates_have_balls_of_radius_zero_that_hold_themselves():
-    real = np.repeat(np.random.default_rng(2).normal(30.0, 1.0, (5, 4)), 5, axis=0)
-    assert precision_recall(real[::5].repeat(2, axis=0), real) == (1.0, 1.0)
+    real = np.repeat(np.random.default_rng(2).normal(30.0, 1.0, (50, 64)), 5, axis=0)
+    for chunk in (7, 1024):
+        assert precision_recall(real[::5].repeat(2, axis=0), real, chunk=chunk) == (1.0, 1.0)
+    # Closer than the expansion of |x - y|^2 can tell apart from equal.
+    assert precision_recall(real * (1.0 + 1e-9), real) == (1.0, 1.0)
     assert precision_recall(real + 1e-3, real)[0] == 0.0
 
 

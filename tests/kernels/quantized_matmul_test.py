@@ -23,6 +23,8 @@ from mpqdiff.quantize.numerics import (
     quantize_weight,
 )
 
+COMPILED = jax.jit(quantized_matmul, static_argnames=("x_bits", "implementation"))
+
 
 def _layer(seed, lead, inputs, outputs, bits=8):
     """x float32 [*lead, inputs] shifted off zero, and the integer layer's arguments."""
@@ -64,7 +66,7 @@ def test_the_layer_is_its_integers_dequantised(
     x, qvalue, scale, colsum, bias = _layer(0, lead, inputs, outputs)
     bias = bias if with_bias else None
     x_scale, zero = activation_scale(x.min(), x.max(), 8, asymmetric=asymmetric)
-    y = jax.jit(quantized_matmul, static_argnames="implementation")(
+    y = COMPILED(
         x,
         qvalue,
         x_scale,
@@ -84,9 +86,7 @@ def test_implementations_agree_at_every_width(bits, x_bits):
     x, qvalue, scale, colsum, bias = _layer(bits, (4, 9), 40, 21, bits)
     x_scale, zero = activation_scale(x.min(), x.max(), x_bits, asymmetric=True)
     results = [
-        quantized_matmul(
-            x, qvalue, x_scale, zero, scale, colsum, bias, x_bits=x_bits, implementation=name
-        )
+        COMPILED(x, qvalue, x_scale, zero, scale, colsum, bias, x_bits=x_bits, implementation=name)
         for name in IMPLEMENTATIONS
     ]
     for other in results[1:]:
@@ -119,17 +119,17 @@ def test_a_scale_for_each_sample_or_token_equals_the_samples_alone(implementatio
 
     def run(x, low, high):
         x_scale, zero = activation_scale(low, high, 8, asymmetric=True)
-        return quantized_matmul(
+        return COMPILED(
             x, qvalue, x_scale, zero, scale, colsum, bias, implementation=implementation
         )
 
     by_token = run(x, low, high)
     by_sample = run(x, low.min(1), high.max(1))
     np.testing.assert_array_equal(run(x, low[..., None], high[..., None]), by_token)
-    for i in range(4):
+    for i in (0, 3):
         alone = run(x[i], low[i].min(), high[i].max())
         np.testing.assert_allclose(by_sample[i], alone, rtol=1e-6, atol=1e-6)
-        for j in range(6):
+        for j in (0, 5):
             alone = run(x[i, j], low[i, j], high[i, j])
             np.testing.assert_allclose(by_token[i, j], alone, rtol=1e-6, atol=1e-6)
 

@@ -142,7 +142,7 @@ def test_unusable_requests_are_refused():
 )
 def test_activations_equal_the_plain_rule(seed, bits, log_scale, zero):
     limit = qmax(bits)
-    zero_point = int(round(zero * (2 * limit + 1))) - limit - 1
+    zero_point = round(zero * (2 * limit + 1)) - limit - 1
     scale = np.float32(2.0**log_scale)
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(257) * scale * limit).astype(np.float32)

@@ -1,0 +1,64 @@
+"""`mpqdiff train`: the config's model on the config's data, to a weights file with its card."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+
+from mpqdiff import data, models, weights
+from mpqdiff.artifacts import write_atomically, write_json
+from mpqdiff.denoiser import from_linen
+from mpqdiff.diffusion.schedule import alphas_cumprod
+from mpqdiff.errors import InputError
+from mpqdiff.outcome import environment
+from mpqdiff.train import train
+
+
+def run(config, workdir: Path, *, command: str) -> str:
+    """Train, or go on where a killed run stopped; writes `workdir/weights.safetensors` (the EMA).
+
+    Returns what to print. Raises InputError when data and model do not fit.
+    """
+    kwargs = config.model.kwargs.to_dict()
+    module = models.build(config.model.name, **kwargs)
+    images, labels = data.load(
+        config.data.name,
+        directory=config.data.dir or None,
+        cache=config.data.cache,
+        split="train",
+    )
+    shape = (module.image_size, module.image_size, module.channels)
+    if images.shape[1:] != shape or int(labels.max()) >= module.num_classes:
+        raise InputError(
+            f"data {config.data.name!r} has images {images.shape[1:]} and "
+            f"{int(labels.max()) + 1} classes; the model takes {shape} and {module.num_classes}"
+        )
+    write_json(workdir / "config.json", config.to_dict())
+    # A key apart from the one that draws noise: training folds steps into key(seed).
+    params = weights.initialise(module, jax.random.key(config.seed + 1))
+    state = train(
+        from_linen(module),
+        params,
+        images,
+        labels,
+        alphas_cumprod=alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps),
+        num_classes=module.num_classes,
+        folder=workdir,
+        seed=config.seed,
+        **config.train.to_dict(),
+    )
+    path = workdir / "weights.safetensors"
+    weights.save(path, state.ema, model={"name": config.model.name, "kwargs": kwargs})
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.ema))
+    card = f"""# {config.name}
+
+Trained by `{command}` on {config.data.name} (train split, {len(images)} images): {count:,}
+parameters, {int(state.step)} steps of {config.train.batch} ({config.train.epochs} epochs), seed
+{config.seed}, {config.train.dtype}. The file holds the exponential moving average (decay
+{config.train.ema_decay}) as float16.
+
+- sha256: `{hashlib.sha256(path.read_bytes()).hexdigest()}`
+- environment: {environment()}
+"""
+    write_atomically(workdir / "weights.md", card.encode())
+    return f"written: {path} ({path.stat().st_size:,} bytes) and its card weights.md"

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from mpqdiff.artifacts import chunked
 from mpqdiff.config import for_arm
-from mpqdiff.diffusion.samplers import initial_noise
-from mpqdiff.errors import VerificationError
+from mpqdiff.diffusion.samplers import check_timesteps, initial_noise
+from mpqdiff.errors import InputError, VerificationError
 from mpqdiff.evaluate import verify
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan
@@ -31,6 +31,16 @@ class Arm:
     def __init__(self, experiment: Experiment, name: str, system: str, config, plan: Plan | None):
         self.experiment, self.name, self.system = experiment, name, system
         self.config, self.plan = config, plan
+        if plan:
+            check_timesteps(plan.timesteps, config.diffusion.num_timesteps)
+            unable = plan.integer(
+                [site for site in experiment.all_sites if site not in experiment.sites]
+            )
+            if unable:
+                raise InputError(
+                    f"the plan has widths for {[site.path for site in unable]}, which this config "
+                    "leaves in float: set config.quantize.products=True for attention products"
+                )
         self.timesteps = (
             np.asarray(plan.timesteps, np.int32)
             if plan
@@ -52,7 +62,7 @@ class Arm:
         """The saved model: bit-packed for a plan. `sample --workdir` and users load it."""
         assert self.plan is not None
         experiment, plan = self.experiment, self.plan
-        steps = experiment.table(self.config)
+        steps = experiment.table(self.config, plan.a_bits)
 
         def compute(folder):
             tensors = quantize(
@@ -64,7 +74,7 @@ class Arm:
                 experiment.asymmetric,
                 clip=self.config.quantize.clip,
             )
-            left = float_leaves(experiment.params, experiment.sites)
+            left = float_leaves(experiment.params, plan.integer(experiment.sites))
             store.save(folder / "model.safetensors", plan, tensors, left, steps)
 
         key = {
@@ -127,11 +137,7 @@ class Arm:
         promised = int(self.plan.predicted["bytes"])
         if self.backend != "kernels":  # AQT's containers are larger: its bytes are its own
             promised = self.passed_bytes
-        sites = [
-            site
-            for site in self.experiment.sites
-            if self.plan.w_bits[site.path] or site.kind == "product"
-        ]
+        sites = self.plan.integer(self.experiment.sites)
         complaints = verify.check(
             self.execution,
             sites,

@@ -55,8 +55,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """Atomic JSON; NaN and infinity are refused, they are not JSON."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    """Atomic JSON; NaN and infinity, which are not JSON, are refused with InputError."""
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise InputError(f"{path} would hold NaN or infinity ({error}); not written") from error
     write_atomically(path, text.encode())
 
 
@@ -73,8 +76,11 @@ def read_json(path: Path):
 def save_arrays(path: Path, arrays: dict) -> None:
     """Atomic uncompressed .npz of a flat dict of arrays (None is left out)."""
     partial = path.with_name(f".{path.name}.partial.npz")
-    np.savez(partial, **{name: np.asarray(a) for name, a in arrays.items() if a is not None})
-    os.replace(partial, path)
+    try:
+        np.savez(partial, **{name: np.asarray(a) for name, a in arrays.items() if a is not None})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -117,7 +123,14 @@ class Store:
         else:
             partial = folder.with_name(f"{name}.partial")
             partial.mkdir(parents=True, exist_ok=True)
-            compute(partial)
+            for leftover in partial.glob(".*.partial*"):  # of a write that a kill cut short
+                leftover.unlink()
+            try:
+                compute(partial)
+            except Exception:
+                if not any(partial.iterdir()):  # finished chunks stay; an empty folder need not
+                    partial.rmdir()
+                raise
             files = {
                 str(path.relative_to(partial)): digest(path.read_bytes())
                 for path in sorted(partial.rglob("*"))
@@ -135,7 +148,11 @@ class Store:
 
 
 def _check(folder: Path) -> None:
-    for name, expected in read_json(folder / MANIFEST)["files"].items():
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise InputError(f"artifact {folder / MANIFEST}: lists no files; delete {folder} and run "
+                         "again")
+    for name, expected in manifest["files"].items():
         path = folder / name
         found = digest(path.read_bytes()) if path.exists() else "missing"
         if found != expected:

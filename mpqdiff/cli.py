@@ -5,6 +5,7 @@ unusable input, with the value got, what was expected and what to do.
 """
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from ml_collections import ConfigDict, config_flags
 from mpqdiff.config import validate
 from mpqdiff.errors import InputError, VerificationError
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("workdir", None, "where artifacts and results go", flag_values=FLAGS)
-flags.DEFINE_bool("dry_run", False, "print config, sites and cost, and stop", flag_values=FLAGS)
+# What the system says of a workdir that cannot be written: not permitted, a file in the place of a
+# folder or the reverse, disk full, over quota, read-only.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC,
+            errno.EDQUOT, errno.EROFS)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mpqdiff: verification failed: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (13, 28, 30):  # not permitted, disk full, read-only
+        if error.errno not in UNUSABLE:
             raise
         print(f"mpqdiff: {error.filename or 'the workdir'}: {error.strerror}; choose another "
               "--workdir or free some space", file=sys.stderr)
@@ -57,8 +59,9 @@ def parse(verb: str, arguments: list[str]) -> tuple[ConfigDict | None, Path | No
 
     Config files run here, so whatever they raise is unusable input.
     """
-    values = flags.FlagValues()
-    values.append_flag_values(FLAGS)
+    values = flags.FlagValues()  # of this call alone: a flag keeps what it was last set to
+    flags.DEFINE_string("workdir", None, "where artifacts and results go", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print config, sites and cost", flag_values=values)
     workdir = _workdir(arguments)
     named = any(word.startswith(("--config=", "-config=")) or word == "--config"
                 for word in arguments)
@@ -74,7 +77,7 @@ def parse(verb: str, arguments: list[str]) -> tuple[ConfigDict | None, Path | No
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"arguments of {verb!r}: {_plain(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"the config file raised {type(error).__name__}: {error}") from error
     if left:
         raise InputError(f"unexpected arguments {left}; see mpqdiff --help")

@@ -5,6 +5,8 @@ that lists what exists.
 """
 
 import difflib
+import math
+import re
 
 from ml_collections import ConfigDict
 
@@ -139,35 +141,74 @@ POSITIVE = (
 
 
 def validate(config: ConfigDict) -> None:
-    """InputError on a key that `base` lacks or the reverse, or a count that is not positive."""
+    """InputError on a key that `base` lacks or the reverse, a value of another type than the
+    default's, or a count that is not positive."""
     _compare_keys(config, base(), "config")
     for path in POSITIVE:
-        value = config
-        for part in path.split("."):
-            value = value[part]
+        value = _at(config, path)
         if not value > 0:
             raise InputError(f"config.{path}={value}: expected a positive number")
+    for name, value in config.model.kwargs.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise InputError(f"config.model.kwargs.{name}={value}: expected at least 1")
+    if config.diffusion.eta < 0:
+        raise InputError(f"config.diffusion.eta={config.diffusion.eta}: expected 0 or more")
+    _check_pins(config.plan.pins)
     if config.plan.budget < 0:
         raise InputError(f"config.plan.budget={config.plan.budget}: expected bytes, or 0 for ratio")
     if config.calibration.samples < 4:
         raise InputError(f"config.calibration.samples={config.calibration.samples}: at least 4")
     for name, changes in config.arms.items():
+        if not isinstance(changes, ConfigDict):
+            raise InputError(f"config.arms.{name}={changes!r}: expected a group of keys")
         for key in changes:
             if key not in ARM_KEYS:
                 raise _unknown_key(f"config.arms.{name}", key, ARM_KEYS)
+            default = False if key == "float" else _at(base(), ARM_KEYS[key])
+            _check_type(f"config.arms.{name}.{key}", changes[key], default)
+
+
+def _at(config, path: str):
+    for part in path.split("."):
+        config = config[part]
+    return config
 
 
 def _compare_keys(config, reference, where: str) -> None:
     for key in config:
         if key not in reference:
             raise _unknown_key(where, key, reference)
-        if isinstance(reference[key], ConfigDict) and key not in ("kwargs", "arms"):
+        if isinstance(reference[key], ConfigDict):
             if not isinstance(config[key], ConfigDict):
                 raise InputError(f"{where}.{key}={config[key]!r}: expected a group of keys")
-            _compare_keys(config[key], reference[key], f"{where}.{key}")
+            if key not in ("kwargs", "arms"):
+                _compare_keys(config[key], reference[key], f"{where}.{key}")
+        else:
+            _check_type(f"{where}.{key}", config[key], reference[key])
     for key in reference:
         if key not in config:
             raise InputError(f"{where}.{key} is missing: start from mpqdiff.config.base()")
+
+
+def _check_type(where: str, value, default) -> None:
+    """InputError unless `value` is of the default's type; JSON's lists pass for tuples."""
+    kinds = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
+    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise InputError(f"{where}={value!r}: expected a {type(default).__name__}")
+
+
+def _check_pins(pins) -> None:
+    for pin in pins:
+        try:
+            pattern, bits = pin
+            re.compile(pattern)
+            if type(bits) is not int:
+                raise TypeError(f"{bits!r} bits")
+        except (TypeError, ValueError, re.error) as error:
+            raise InputError(
+                f"config.plan.pins has {pin!r} ({error}): expected pairs (regex of paths, bits)"
+            ) from error
 
 
 def _unknown_key(where: str, key: str, known) -> InputError:

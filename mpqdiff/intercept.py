@@ -6,15 +6,17 @@ silence. Both count the sites they hit while tracing and raise when these differ
 they were given.
 
 The model must be unrolled where its sites are: a reduction taken inside `nn.scan` or `nn.remat`
-lives in an inner trace and cannot leave it. Such a model is refused with a message.
+lives in an inner trace and cannot leave it. `observe` refuses such a model, naming the site.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.extend.core import get_opaque_trace_state
 
 from mpqdiff.denoiser import Denoise
 from mpqdiff.errors import InputError
@@ -48,8 +50,9 @@ def _intercepted(denoise: Denoise, visit: Callable) -> Callable:
             path = f"{base}#{calls[base]}" if calls[base] else base
             calls[base] += 1
             visiting = True
+            operands = _positional(context.module, args, kwargs)
             try:
-                return visit(path, context.module, kind, lambda: next_fun(*args, **kwargs), args)
+                return visit(path, context.module, kind, lambda: next_fun(*operands), operands)
             finally:
                 visiting = False
 
@@ -57,6 +60,13 @@ def _intercepted(denoise: Denoise, visit: Callable) -> Callable:
             return denoise(params, x_t, t, cond)
 
     return run
+
+
+def _positional(module, args: tuple, kwargs: dict) -> tuple:
+    """The operands of a call in the order of the module's `__call__`, also those given by name."""
+    if not kwargs:
+        return args
+    return inspect.signature(type(module).__call__).bind(module, *args, **kwargs).args[1:]
 
 
 def _check_hits(hit: Collection[str], expected: Collection[str] | None) -> None:
@@ -78,15 +88,25 @@ def observe(
     """A function `(params, x_t, t, cond) -> (Prediction, {path: reduction})`.
 
     `reduce(path, module, kind, args, out)` sees each site's operands and output and returns a
-    pytree; None is left out. Raises InputError when the sites hit are not exactly `paths`, or
-    when the model wraps its sites in a transform that keeps reductions inside (scan, remat).
+    pytree; None is left out. Each call is traced under the name scope of its path. Raises
+    InputError when the sites hit are not exactly `paths`, or when a site lies inside a transform
+    that would keep its reduction (scan, remat, vmap, jit).
     """
 
     def observed(params, x_t, t, cond):
         taken, hit = {}, []
+        outside = get_opaque_trace_state(convention="flax")
 
         def visit(path, module, kind, call, args):
-            out = call()
+            # A reduction of an inner trace would escape as a tracer and fail far from here.
+            if get_opaque_trace_state(convention="flax") != outside:
+                raise InputError(
+                    f"site {path!r} lies inside nn.scan, nn.remat, nn.vmap or a jitted function, "
+                    "where it cannot be observed: pass a denoise that is not jitted and build the "
+                    "model unrolled (the parameters are the same up to stacking)"
+                )
+            with jax.named_scope(scope(path)):
+                out = call()
             hit.append(path)
             reduction = reduce(path, module, kind, args, out)
             if reduction is not None:
@@ -97,16 +117,7 @@ def observe(
         _check_hits(hit, paths)
         return prediction, taken
 
-    def guarded(params, x_t, t, cond):
-        try:
-            return observed(params, x_t, t, cond)
-        except jax.errors.UnexpectedTracerError as error:
-            raise InputError(
-                "a site lies inside nn.scan, nn.remat or nn.jit, where it cannot be observed: "
-                "build the model unrolled (the parameters are the same up to stacking)"
-            ) from error
-
-    return guarded
+    return observed
 
 
 def rewrite(denoise: Denoise, operations: Mapping[str, Callable]) -> Denoise:
@@ -135,5 +146,5 @@ def rewrite(denoise: Denoise, operations: Mapping[str, Callable]) -> Denoise:
 
 
 def scope(path: str) -> str:
-    """The name scope of a rewritten site; `evaluate.verify` finds it in the compiled program."""
+    """The name scope of a site: how the traced and the compiled program tell whose product it is."""
     return f"site[{path.replace('/', '.')}]"

@@ -30,12 +30,14 @@ from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import activations
-from mpqdiff.quantize.apply import dequantized, fixed_cost
+from mpqdiff.quantize.apply import BACKENDS, dequantized, fixed_cost
+from mpqdiff.quantize.numerics import CLIPS, check_bits
 from mpqdiff.records import Scores, Statistics
+from mpqdiff.sensitivity import orthogonality
 from mpqdiff.sites import Site
 
 # Bumped when a stage's results change.
-VERSIONS = {"calibrate": 1, "record": 1, "score": 1, "plan": 1, "sample": 1, "features": 1}
+VERSIONS = {"calibrate": 1, "record": 1, "score": 1, "plan": 2, "sample": 1, "features": 1}
 
 
 class Experiment:
@@ -47,6 +49,8 @@ class Experiment:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self.config = config
+        for arm in recipes(config):
+            check_names(arm)
         self.store = Store(workdir)
         self.module, self.params, self.model = load_model(config)
         self.model_hash = tree_digest(self.params)
@@ -59,8 +63,6 @@ class Experiment:
         self.sites = site_list.planned(self.all_sites, products=config.quantize.products)
         self.abar = alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
         self.timesteps = self.steps(config.diffusion.num_steps)
-        if config.diffusion.sampler not in SAMPLERS:
-            raise unknown_name("sampler", config.diffusion.sampler, SAMPLERS)
 
     def steps(self, count: int) -> np.ndarray:
         """The kept timesteps of a sampler with `count` steps, descending."""
@@ -137,13 +139,12 @@ class Experiment:
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """Every width that some arm may choose: what damage scores are measured at."""
-        arms = [self.config, *(for_arm(self.config, a) for a in self.config.arms.values())]
-        return tuple(sorted({int(w) for arm in arms for w in check_choices(arm.plan.w_bits)}))
+        used = (check_choices(arm.plan.w_bits) for arm in recipes(self.config))
+        return tuple(sorted({int(w) for widths in used for w in widths}))
 
     def needs(self, score: str) -> bool:
         """Whether the config or one of its arms uses `score`."""
-        arms = [for_arm(self.config, changes) for changes in self.config.arms.values()]
-        return any(arm.score.name == score for arm in [self.config, *arms])
+        return any(arm.score.name == score for arm in recipes(self.config))
 
     @cached_property
     def statistics(self) -> tuple[Path, Statistics]:
@@ -189,8 +190,6 @@ class Experiment:
     def scores(self, config: ConfigDict) -> Scores:
         """The scores of the recipe `config`, cached."""
         name = config.score.name
-        if name not in sensitivity.SCORES:
-            raise unknown_name("score", name, sensitivity.SCORES)
         recorded, stats = self.statistics
         arguments = {}
         if name == "orthogonality":
@@ -225,13 +224,16 @@ class Experiment:
         kind = (folder / "kind.txt").read_text()
         return Scores(arrays["value"], kind=kind, name=name, matrix=arrays.get("matrix"))
 
-    def table(self, config: ConfigDict) -> activations.Table:
-        """The activation table of the recipe."""
+    def table(self, config: ConfigDict, a_bits: dict | None = None) -> activations.Table:
+        """The activation table of the recipe, or of a plan's own `a_bits`."""
+        bits = config.plan.a_bits
+        if a_bits is None:
+            a_bits = {site.path: self._a_bits(site, bits) for site in self.sites}
         return activations.table(
             self.statistics[1],
             self.sites,
             mode=config.quantize.mode,
-            a_bits=config.plan.a_bits,
+            a_bits=a_bits,
         )
 
     @cached_property
@@ -255,8 +257,6 @@ class Experiment:
     def budget(self, config: ConfigDict) -> float:
         """The recipe's budget in its resource: given, or the ratio times uniform `ratio_bits`."""
         p = config.plan
-        if p.resource not in RESOURCES:
-            raise unknown_name("budget resource", p.resource, RESOURCES)
         if p.budget:
             return float(p.budget)
         uniform = {site.path: site.pin or p.ratio_bits for site in self.sites}
@@ -265,10 +265,6 @@ class Experiment:
     def plan(self, config: ConfigDict, system: str) -> Plan:
         """Solve the recipe `config` into a Plan, cached. InputError names an impossible budget."""
         p = config.plan
-        if p.solver not in solve.SOLVERS:
-            raise unknown_name("solver", p.solver, solve.SOLVERS)
-        if any(site.kind == "product" for site in self.sites) and p.a_bits > 8:
-            raise InputError(f"plan.a_bits={p.a_bits}: at most 8")
         scores = self.scores(config)
         key = {
             "record": self.statistics[0].name,
@@ -276,6 +272,8 @@ class Experiment:
             "aggregate": config.aggregate.to_dict(),
             "plan": p.to_dict(),
             "mode": config.quantize.mode,
+            "clip": config.quantize.clip,
+            "num_steps": config.diffusion.num_steps,
             "seed": config.seed,
             "system": system,
         }
@@ -288,6 +286,7 @@ class Experiment:
 
     def _solve(self, config: ConfigDict, system: str, scores: Scores) -> Plan:
         p = config.plan
+        mode, timesteps = config.quantize.mode, self.steps(config.diffusion.num_steps)
         choices = check_choices(p.w_bits)
         value = aggregate.aggregate(
             scores,
@@ -328,9 +327,9 @@ class Experiment:
                 for site in self.all_sites
             },
             a_bits={site.path: self._a_bits(site, p.a_bits) for site in self.all_sites},
-            mode=config.quantize.mode,
-            groups=activations.groups(self.statistics[1].timesteps, config.quantize.mode),
-            timesteps=tuple(int(t) for t in self.timesteps),
+            mode=mode,
+            groups=activations.groups(self.statistics[1].timesteps, timesteps, mode),
+            timesteps=tuple(int(t) for t in timesteps),
             system=system,
             budgets={p.resource: budget},
             predicted={k: float(v) for k, v in self.predict(w_bits, config).items()},
@@ -354,6 +353,34 @@ class Experiment:
             width = bits if decided else None
             return {"lhs": width, "rhs": width}
         return bits if decided else None
+
+
+def recipes(config: ConfigDict) -> list[ConfigDict]:
+    """The config itself, then that of each of its arms."""
+    return [config, *(for_arm(config, changes) for changes in config.arms.values())]
+
+
+def check_names(config: ConfigDict) -> None:
+    """InputError on an unknown name or a width out of range in a recipe, before any work."""
+    for kind, name, known in (
+        ("score", config.score.name, sensitivity.SCORES),
+        ("estimator", config.score.estimator, orthogonality.ESTIMATORS),
+        ("temporal policy", config.score.temporal_policy, orthogonality.TEMPORAL_POLICIES),
+        ("aggregation", config.aggregate.name, aggregate.AGGREGATIONS),
+        ("solver", config.plan.solver, solve.SOLVERS),
+        ("budget resource", config.plan.resource, RESOURCES),
+        ("back end", config.quantize.backend, BACKENDS),
+        ("activation mode", config.quantize.mode, plans.MODES),
+        ("weight clip", config.quantize.clip, CLIPS),
+        ("sampler", config.diffusion.sampler, SAMPLERS),
+    ):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    check_choices(config.plan.w_bits)
+    for bits in (config.plan.a_bits, config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
+        check_bits(bits)
+    uniform_timesteps(config.diffusion.num_timesteps, config.diffusion.num_steps)
+    alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
 
 
 def load_model(config: ConfigDict):

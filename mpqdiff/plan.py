@@ -7,6 +7,7 @@ model it was made for and where it came from.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,21 @@ class Plan:
     gap: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def integer(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of `sites` that this plan runs in integers; the others stay in float."""
+        return [site for site in sites if runs_in_integers(self.a_bits.get(site.path))]
+
     @property
     def hash(self) -> str:
         """Of the decision alone: bits, mode, groups, timesteps and model."""
         return digest(
             self.model["hash"], self.w_bits, self.a_bits, self.mode, self.groups, self.timesteps
         )
+
+
+def runs_in_integers(a_bits: Any) -> bool:
+    """Whether a plan's entry `a_bits` (a width, a pair of them, or None) quantises its site."""
+    return None not in a_bits.values() if isinstance(a_bits, dict) else a_bits is not None
 
 
 def average_bits(plan: Plan, sites: Sequence[Site]) -> float:
@@ -117,19 +127,36 @@ def from_json(body: Any, where: str = "plan") -> Plan:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: key {error} is missing or malformed") from error
+    if not isinstance(plan.model, dict):
+        raise InputError(f"{where}: model is {plan.model!r}, expected an object with its hash")
     for path, bits in plan.w_bits.items():
-        if bits is not None and (not isinstance(bits, int) or not 2 <= bits <= 8):
-            raise InputError(f"{where}: site {path!r} has w_bits {bits!r}, expected 2..8 or null")
+        _check_widths(where, path, bits, plan.a_bits[path])
     if plan.mode not in MODES:
         raise InputError(f"{where}: activation mode {plan.mode!r}; known: {', '.join(MODES)}")
     steps = plan.timesteps
-    if not steps or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+    if not steps or any(a <= b for a, b in pairwise(steps)):
         raise InputError(f"{where}: timesteps must be a strictly descending list, got {steps}")
     return plan
 
 
+def _check_widths(where: str, path: str, w_bits: Any, a_bits: Any) -> None:
+    """InputError unless both are widths that an integer product can have, or both null."""
+    pair = isinstance(a_bits, dict)
+    if pair and set(a_bits) != {"lhs", "rhs"}:
+        raise InputError(f"{where}: site {path!r} has a_bits of {sorted(a_bits)}, not lhs and rhs")
+    sides = list(a_bits.values()) if pair else [a_bits]
+    for name, bits in [("w_bits", w_bits), *(("a_bits", side) for side in sides)]:
+        if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
+            raise InputError(f"{where}: site {path!r} has {name} {bits!r}, expected 2..8 or null")
+    if len({side is None for side in sides} | (set() if pair else {w_bits is None})) > 1:
+        raise InputError(
+            f"{where}: site {path!r} has w_bits {w_bits} and a_bits {a_bits}: expected both "
+            "operands in integers, or null for both"
+        )
+
+
 def validate(plan: Plan, sites: Sequence[Site], model_hash: str) -> None:
-    """InputError unless `plan` is for this model and decides on exactly its sites and pins."""
+    """InputError unless `plan` is for this model and has exactly its sites, at their pins."""
     if plan.model.get("hash") != model_hash:
         raise InputError(
             f"the plan was made for model {plan.model.get('hash')}, the weights given are "
@@ -142,6 +169,13 @@ def validate(plan: Plan, sites: Sequence[Site], model_hash: str) -> None:
             f"the plan names sites the model lacks: {unknown or 'none'}; sites without a "
             f"decision: {missing or 'none'}"
         )
+    for site in plan.integer(sites):
+        bits = plan.w_bits[site.path]
+        if site.parameters and site.pin not in (None, bits):
+            raise InputError(
+                f"site {site.path!r} has w_bits {bits} in the plan and is pinned at {site.pin}: "
+                "change the plan, or the pins (config.plan.pins), which every arm shares"
+            )
 
 
 def diff(a: Plan, b: Plan) -> dict[str, tuple]:

@@ -26,7 +26,9 @@ def macs_per_second() -> float:
 
 
 def text(config) -> str:
-    """Everything `--dry_run` prints. Nothing is written."""
+    """Everything `--dry_run` prints. Nothing is written. InputError as of a run's first checks."""
+    for recipe in pipeline.recipes(config):
+        pipeline.check_names(recipe)
     module, params, _ = pipeline.load_model(config)
     shape = (module.image_size, module.image_size, module.channels)
     found, remainder = site_list.list_sites(

@@ -72,23 +72,32 @@ def list_sites(denoise: Denoise, params, x_t, t, cond) -> tuple[list[Site], list
     """The sites of `denoise` in call order, and the products left in float. Traces, never runs.
 
     x_t [1,H,W,C], t [] or [1], cond for one image: MACs are per image. `params` may be shapes.
+    Raises InputError when there is no site, when one lies inside a transform (see `intercept`), or
+    when a site's call does other products than its own.
     """
     found: list[Site] = []
     observed = intercept.observe(denoise, lambda *call: found.append(_site(*call)))
-    program = jax.make_jaxpr(observed)(params, x_t, t, cond)
-    products = _products(program.jaxpr)
-    scopes = {f"/{module_path(site.path)}/" for site in found if site.macs}
-    remainder = [
-        Remainder(name, macs)
-        for name, macs in sorted(products.items())
-        if not any(scope in f"/{name}/" for scope in scopes)
-    ]
-    total, listed = sum(products.values()), sum(site.macs for site in found)
-    left = sum(entry.macs for entry in remainder)
-    if abs(listed + left - total) > 0.01 * total:
+    products = _products(jax.make_jaxpr(observed)(params, x_t, t, cond).jaxpr)
+    if not found:
         raise InputError(
-            f"MACs do not close: sites {listed} + remainder {left} against {total} traced"
+            "no Dense, Conv, Product or Embed was called: pass a denoise that applies a linen "
+            "module and is not jitted (a trace made earlier would be reused)"
         )
+    traced, remainder = dict.fromkeys((site.path for site in found), 0), []
+    owners = {intercept.scope(site.path): site.path for site in found}
+    for name, macs in sorted(products.items()):
+        owner = next((path for scope, path in owners.items() if scope in name), None)
+        if owner is None:
+            remainder.append(Remainder(name, macs))
+        else:
+            traced[owner] += macs
+    for site in found:
+        if traced[site.path] != site.macs:
+            raise InputError(
+                f"MACs do not close at site {site.path!r}: {traced[site.path]} traced, "
+                f"{site.macs} expected of its kind ({site.kind}); move the other products out of "
+                "this module"
+            )
     return found, remainder
 
 

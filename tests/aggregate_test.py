@@ -39,9 +39,7 @@ def test_one_timestep_is_ompq(method):
 
 
 def test_suffix_means():
-    np.testing.assert_allclose(
-        suffix_mean(THETA), [0.6017962, 0.64878936, 0.85416999], atol=1e-7
-    )
+    np.testing.assert_allclose(suffix_mean(THETA), [0.6017962, 0.64878936, 0.85416999], atol=1e-7)
     theta = run(GAMMA[None] / 2, beta=2.0, suffix=True)
     np.testing.assert_allclose(theta, suffix_mean(THETA) / THETA.max(), atol=1e-7)
 

@@ -49,6 +49,8 @@ def _bytes(kind: str, shape: str) -> int:
 def read(compiled, *, images: Sequence[tuple[int, ...]]) -> Execution:
     """Parse a compiled sampler. `images` are the shapes of x_t and cond, left out of the carry.
 
+    Scalars, which are counters and constants, are left out too.
+
     Raises InputError when the program has no loop: then it is not a sampler's scan.
     """
     types: dict[str, str] = {}
@@ -72,11 +74,13 @@ def read(compiled, *, images: Sequence[tuple[int, ...]]) -> Execution:
             products.setdefault(found.group(1), []).append((kind.split("[")[0], seen))
     if not loops:
         raise InputError("the compiled program has no loop: expected a sampler's scan over steps")
-    skipped = {",".join(map(str, shape)) for shape in images} | {""}
+    skipped = [",".join(map(str, shape)) for shape in images]
     carry: dict[str, int] = {}
     widest = max(loops, key=lambda kind: sum(_bytes(*array) for array in _ARRAY.findall(kind)))
     for kind, shape in _ARRAY.findall(widest):
-        if shape not in skipped:
+        if shape in skipped:  # once: a bias may have the shape of the labels
+            skipped.remove(shape)
+        elif shape:
             carry[kind] = carry.get(kind, 0) + _bytes(kind, shape)
     memory = compiled.memory_analysis()
     peak = (

@@ -6,7 +6,7 @@ token's absolute maximum, taken when the product runs.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,10 @@ def columns(sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def table(stats: Statistics, sites: Sequence[Site], *, mode: str, a_bits: int) -> Table:
+def table(stats: Statistics, sites: Sequence[Site], *, mode: str, a_bits: dict[str, Any]) -> Table:
     """The table of `mode` for `sites`, in the order of `stats`. `online` has zero rows.
 
+    `a_bits` by site path, as in a Plan; a site left in float keeps its columns, unused.
     Raises InputError on an unknown mode.
     """
     if mode not in MODES:
@@ -68,9 +69,11 @@ def table(stats: Statistics, sites: Sequence[Site], *, mode: str, a_bits: int) -
     flags = lopsided(stats, sites)
     scales, zeros = [], []
     for index, (site, flag) in enumerate(zip(sites, flags, strict=True)):
-        for operand in range(2 if site.kind == "product" else 1):
+        entry = a_bits[site.path]
+        widths = [entry["lhs"], entry["rhs"]] if isinstance(entry, dict) else [entry]
+        for operand, bits in enumerate(widths):
             scale, zero = activation_scale(
-                low[:, index, operand], high[:, index, operand], a_bits, asymmetric=flag
+                low[:, index, operand], high[:, index, operand], bits or 8, asymmetric=flag
             )
             scales.append(scale)
             zeros.append(zero)
@@ -87,8 +90,15 @@ def row(steps: Table, t):
     return steps.scale[index], steps.zero_point[index]
 
 
-def groups(timesteps: Sequence[int], mode: str) -> tuple[tuple[int, int], ...]:
-    """The [t_hi, t_lo] range of sampler steps that each table row serves (for `plan.json`)."""
-    if mode == "step_table":
-        return tuple((int(t), int(t)) for t in timesteps)
-    return ((int(timesteps[0]), int(timesteps[-1])),)
+def groups(recorded, timesteps, mode: str) -> tuple[tuple[int, int], ...]:
+    """The [t_hi, t_lo] range of sampler steps that each table row serves (for `plan.json`).
+
+    `recorded` [T] are the rows' timesteps, `timesteps` [S] the sampler's, both descending. A row
+    that serves no step is left out.
+    """
+    steps = np.asarray(timesteps)
+    if mode != "step_table":
+        return ((int(steps[0]), int(steps[-1])),)
+    nearest = np.abs(np.asarray(recorded) - steps[:, None]).argmin(axis=-1)
+    served = [steps[nearest == row] for row in range(len(recorded))]
+    return tuple((int(own[0]), int(own[-1])) for own in served if len(own))

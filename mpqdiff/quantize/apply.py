@@ -20,7 +20,7 @@ from mpqdiff.costs.bytes import fixed_bytes
 from mpqdiff.denoiser import Denoise
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.kernels.quantized_matmul import quantized_matmul
-from mpqdiff.plan import Plan
+from mpqdiff.plan import Plan, runs_in_integers
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.activations import Table
 from mpqdiff.quantize.numerics import qmax, quantize_activation, quantize_weight
@@ -96,8 +96,9 @@ def quantize(
     *,
     clip: str = "mse",
 ) -> dict[str, dict]:
-    """The integer tensors of every planned site with weights, unpacked, on the host."""
+    """The integer tensors of every site with weights that `plan` quantises, unpacked, on host."""
     flat = traverse_util.flatten_dict(params, sep="/")
+    decided = {site.path for site in plan.integer(sites)}
     return {
         site.path: site_tensors(
             flat[f"{module_path(site.path)}/kernel"],
@@ -107,7 +108,7 @@ def quantize(
             clip=clip,
         )
         for site, flag in zip(sites, asymmetric, strict=True)
-        if site.parameters
+        if site.parameters and site.path in decided
     }
 
 
@@ -133,7 +134,8 @@ def build(
         path: {**entry, "qvalue": hold(entry["qvalue"], widths[path])}
         for path, entry in tensors.items()
     }
-    params = {"float": float_leaves(params, sites), "sites": packed, "steps": steps}
+    left = float_leaves(params, plan.integer(sites))
+    params = {"float": left, "sites": packed, "steps": steps}
     shapes = {path: entry["qvalue"].shape for path, entry in tensors.items()}
     unpackers = {path: partial(open_, bits=widths[path], shape=shapes[path]) for path in tensors}
     integer = integer_denoise(denoise, sites, unpackers, matmul, a_bits=plan.a_bits)
@@ -148,7 +150,7 @@ def integer_denoise(
     *,
     a_bits: dict[str, Any],
 ) -> Denoise:
-    """`denoise` over params = {"float", "sites", "steps"}, all planned sites in integers.
+    """`denoise` over params = {"float", "sites", "steps"}, in integers where `a_bits` has widths.
 
     The row of the activation table is looked up once per call, by t, and bound to the sites: the
     interceptor itself does not see the step.
@@ -196,7 +198,11 @@ def integer_denoise(
             return acc * scale.reshape((-1,) + (1,) * (acc.ndim - 1))
 
         run = {"dense": weight_product, "conv": weight_product, "product": product}
-        operations = {site.path: partial(run[site.kind], site) for site in sites}
+        operations = {
+            site.path: partial(run[site.kind], site)
+            for site in sites
+            if runs_in_integers(a_bits[site.path])
+        }
         return intercept.rewrite(denoise, operations)(params["float"], x_t, t, cond)
 
     return integer
@@ -219,12 +225,13 @@ def _patches(module: nn.Conv, x):
     size = tuple(module.kernel_size)
     strides = _pair(module.strides)
     plain = _pair(module.kernel_dilation) == _pair(module.input_dilation) == (1, 1)
-    if len(size) != 2 or module.feature_group_count != 1 or not plain:
-        raise InputError(
-            f"conv {'/'.join(module.path)}: only ungrouped, undilated 2-D convolutions run in "
-            "integers; leave this site out of the plan (pin it to float)"
-        )
     padding = module.padding
+    zeros = not isinstance(padding, str) or padding in ("SAME", "SAME_LOWER", "VALID")
+    if len(size) != 2 or module.feature_group_count != 1 or not plain or not zeros:
+        raise InputError(
+            f"conv {'/'.join(module.path)}: only ungrouped, undilated, zero-padded 2-D "
+            "convolutions run in integers; leave this one in float (null widths in the plan)"
+        )
     if not isinstance(padding, str):
         sides = [padding] * 2 if isinstance(padding, int) else list(padding)
         padding = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]

@@ -85,4 +85,6 @@ def _integers(qvalue) -> QTensor:
 
 
 def _tensor(qvalue, scale, bias, dtype) -> QTensor:
-    return QTensor(qvalue=qvalue, scale=scale, scale_t=None, bias=bias, dequant_dtype=dtype)
+    # pyright does not follow the partial application that makes AQT's classes dataclasses.
+    fields = {"qvalue": qvalue, "scale": scale, "scale_t": None, "bias": bias}
+    return QTensor(**fields, dequant_dtype=dtype)  # pyright: ignore[reportCallIssue]

@@ -3,8 +3,8 @@
 Weights are symmetric, one scale per output channel: w = scale * q with |q| <= qmax(b). Activations
 are x = scale * (q - zero_point) with -qmax(b) - 1 <= q <= qmax(b); `zero_point` 0 is the symmetric
 case. Every rounding is half to even. Division by a scale is multiplication by its float32
-reciprocal: XLA rewrites division by a *constant* that way and by a variable not, so any other
-choice would make a compiled-in scale and a looked-up one give different integers.
+reciprocal: XLA rewrites division by a constant or broadcast value that way, by a full array not,
+and NumPy never, so that near ties the integers would depend on how the scale was passed.
 """
 
 import jax

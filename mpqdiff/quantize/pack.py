@@ -105,7 +105,7 @@ def unpack_bits(data, bits: int, shape: Sequence[int]) -> np.ndarray:
 
 
 def _fitting(qvalue, bits: int) -> np.ndarray:
-    """`qvalue` as contiguous int8, after checking that `bits` hold every value."""
+    """`qvalue` as int8, after checking that `bits` hold every value."""
     check_bits(bits)
     qvalue = np.asarray(qvalue)
     limit = 1 << (bits - 1)
@@ -117,4 +117,4 @@ def _fitting(qvalue, bits: int) -> np.ndarray:
             f"{qvalue.dtype} values from {span} do not fit {bits} bits: expected integers from "
             f"{-limit} to {limit - 1}; quantise to the same width first"
         )
-    return np.ascontiguousarray(qvalue, np.int8)
+    return qvalue.astype(np.int8)

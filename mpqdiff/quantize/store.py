@@ -5,7 +5,6 @@ travels in the metadata, so that the file can be opened on its own. Column sums 
 """
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -13,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import numpy as safetensors
 
 from mpqdiff import plan as plans
+from mpqdiff.artifacts import write_atomically
 from mpqdiff.errors import InputError
 from mpqdiff.plan import Plan
 from mpqdiff.quantize.activations import Table
@@ -36,10 +36,9 @@ def save(path: Path, plan: Plan, tensors: dict[str, dict], float_params, steps: 
     stored |= {f"float/{name}": np.asarray(leaf) for name, leaf in flat.items()}
     stored |= {f"steps/{name}": np.asarray(leaf) for name, leaf in steps._asdict().items()}
     metadata = {"plan": json.dumps(plans.to_json(plan)), "shapes": json.dumps(shapes)}
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    save_file(stored, partial, metadata=metadata)
-    os.replace(partial, path)
-    return Path(path).stat().st_size
+    data = safetensors.save(stored, metadata=metadata)
+    write_atomically(Path(path), data)
+    return len(data)
 
 
 def load(path: Path) -> tuple[Plan, dict[str, dict], Table]:

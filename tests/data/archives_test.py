@@ -40,8 +40,9 @@ def fashion(tmp_path, monkeypatch):
     labels = rng.integers(0, 10, 7, np.uint8)
     names = archives.FASHION_MNIST_FILES["train"]
     for name, array in zip(names, (images, labels), strict=True):
-        (tmp_path / name).write_bytes(idx(array))
-        monkeypatch.setitem(archives.FASHION_MNIST, name, sha256(idx(array)))
+        payload = idx(array)
+        (tmp_path / name).write_bytes(payload)
+        monkeypatch.setitem(archives.FASHION_MNIST, name, sha256(payload))
     return archives.local_files(tmp_path, names), images, labels
 
 

@@ -168,11 +168,16 @@ def test_nan_becomes_the_zero_point(zero_point):
     np.testing.assert_array_equal(got, zero_point)
 
 
-def test_a_compiled_in_scale_gives_the_integers_of_a_passed_one():
-    x = np.random.default_rng(7).standard_normal(4096).astype(np.float32)
-    constant = jax.jit(lambda x: quantize_activation(x, 0.0317, 3, 8))(x)
-    passed = jax.jit(quantize_activation)(x, jnp.float32(0.0317), jnp.int8(3), jnp.int32(8))
-    np.testing.assert_array_equal(constant, passed)
+def test_the_integers_do_not_depend_on_how_the_scale_is_passed():
+    rng = np.random.default_rng(7)
+    scale = np.float32(0.0317)
+    x = (scale * (rng.integers(-127, 127, 4096) + 0.5)).astype(np.float32)  # next to ties
+    expected = _plain_activation(x, scale, 3, 8)
+    constant = jax.jit(lambda x: quantize_activation(x, float(scale), 3, 8))(x)
+    passed = jax.jit(quantize_activation)(x, scale, jnp.int8(3), jnp.int32(8))
+    by_element = jax.jit(quantize_activation)(x, np.full(4096, scale), jnp.int8(3), 8)
+    for got in (constant, passed, by_element, quantize_activation(x, scale, 3, 8)):
+        np.testing.assert_array_equal(got, expected)
 
 
 @settings(max_examples=60, deadline=None)

@@ -111,9 +111,7 @@ def test_symmetric_bounded_positive_semidefinite_with_unit_diagonal(seed):
 
 def test_gram_form_equals_feature_form():
     x, y = (f - f.mean(0) for f in draw(1, widths=(5, 9)))
-    feature = np.linalg.norm(y.T @ x) ** 2 / (
-        np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    )
+    feature = np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
     np.testing.assert_allclose(metric([x, y])[0, 1], feature, atol=1e-12)
 
 
@@ -249,9 +247,9 @@ def test_unknown_names_list_the_known_ones():
 def test_operation_count_does_not_depend_on_sizes():
     def count(timesteps, sites, samples):
         shape = (timesteps, sites, samples, samples)
-        traced = jax.make_jaxpr(
-            lambda g, r: jax.vmap(lambda k, s: orm(k, "debiased", s))(g, r)
-        )(jnp.zeros(shape), jnp.zeros(shape[:-1]))
+        traced = jax.make_jaxpr(lambda g, r: jax.vmap(lambda k, s: orm(k, "debiased", s))(g, r))(
+            jnp.zeros(shape), jnp.zeros(shape[:-1])
+        )
         return len(traced.jaxpr.eqns)
 
     assert count(2, 3, 4) == count(7, 11, 8) > 5

@@ -124,6 +124,13 @@ def test_golden_allocation(linear_problem, theta):
     np.testing.assert_allclose(out.gap, theta[1] / 2)
 
 
+def test_rounding_keeps_the_widths_between_the_ends(linear_problem):
+    out = solve(linear_problem(THETA, SIZES, 4 * 550 + 2 * 400 + 200))
+    np.testing.assert_allclose(out.fractional, [8, 5, 8])
+    np.testing.assert_array_equal(np.arange(2, 9)[out.choice], [8, 5, 8])
+    assert out.status == "optimal"
+
+
 @pytest.mark.parametrize("bits", [(2, 8), (2, 3, 4, 5, 6, 7, 8), (2, 4, 8)])
 def test_closed_form_with_at_most_one_fractional_site(linear_problem, bits):
     rng = np.random.default_rng(len(bits))

@@ -2,10 +2,10 @@
 
 Chosen by measurement on CPU (`benchmarks/matmul.py`). XLA hands an int8 x int8 -> int32 dot to its
 own integer kernel and fuses dequantisation, bias and whatever follows (GELU, the next layer's
-quantisation) into one loop, so a layer costs the product and one pass each way. Slower in every
-form tried: barriers before the quantisation (on jax 0.10), a uint8 left side, padded or split contractions, a
-product per sample, a float32 result type. Indifferent: a transposed weight, rows flattened to two
-axes, barriers around the product.
+quantisation) into one loop, so a layer costs the product and one pass each way. Slower in the
+forms tried: barriers before the quantisation (on jax 0.10), a uint8 left side, padded or split
+operands, a product per sample, a float32 result type. Indifferent: a transposed weight, rows
+flattened to two axes, barriers around the product.
 """
 
 import jax.numpy as jnp

@@ -33,12 +33,12 @@ def get_config(arg: str = ""):
         "w8a8": {"w_bits": (8,), "solver": "uniform", "ratio_bits": 8, "ratio": 1.0},
     }
     for ratio in (1.33, 1.5, 1.7):
-        arms[f"plan_{ratio}"] = {"ratio": ratio}
-        arms[f"uniform_{ratio}"] = {"ratio": ratio, "solver": "uniform"}
+        arms[f"plan_{100 * ratio:.0f}"] = {"ratio": ratio}
+        arms[f"uniform_{100 * ratio:.0f}"] = {"ratio": ratio, "solver": "uniform"}
     for ratio in (0.85,):
         below = {"ratio": ratio, "w_bits": (2, 4, 8)}
-        arms[f"plan248_{ratio}"] = below
-        arms[f"uniform248_{ratio}"] = {**below, "solver": "uniform"}
-        arms[f"output248_{ratio}"] = {**below, "score": "output_error", "solver": "greedy"}
+        arms[f"plan248_{100 * ratio:.0f}"] = below
+        arms[f"uniform248_{100 * ratio:.0f}"] = {**below, "solver": "uniform"}
+        arms[f"output248_{100 * ratio:.0f}"] = {**below, "score": "output_error", "solver": "greedy"}
     config.arms = arms
     return smoke(config) if arg == "smoke" else config

@@ -86,7 +86,8 @@ def save_arrays(path: Path, arrays: dict) -> None:
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz; InputError when it is missing or corrupted."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here: on a damaged file, np.load would leave it open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except Exception as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it and run again") from error

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
+from mpqdiff.errors import InputError
+
 
 @contextlib.contextmanager
 def manager(folder: Path, *, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
@@ -22,8 +24,17 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
 
 
 def restore_latest(checkpoints: ocp.CheckpointManager, like):
-    """The newest complete state with the structure, shapes and dtypes of `like`, or None."""
+    """The newest complete state with the structure, shapes and dtypes of `like`, or None.
+
+    Raises InputError when it is damaged or belongs to another model.
+    """
     step = checkpoints.latest_step()
     if step is None:
         return None
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+    try:
+        return checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(
+            f"checkpoint {checkpoints.directory / str(step)} is damaged or of another model "
+            f"({error}); delete it, or train in another workdir"
+        ) from error

@@ -7,6 +7,7 @@ unusable input, with the value got, what was expected and what to do.
 import contextlib
 import errno
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -30,10 +31,13 @@ def main(argv: list[str] | None = None) -> int:
             print(usage())
             return 0 if argv else 2
         verb, rest = argv[0], argv[1:]
-        if verb not in VERBS:
-            raise InputError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+        if verb not in (*VERBS, "bench"):
+            raise InputError(f"unknown verb {verb!r}; known: {', '.join([*VERBS, 'bench'])}")
         if any(word in ("--help", "-h") for word in rest):
             print(usage())
+            return 0
+        if verb == "bench":
+            bench(rest)
             return 0
         config, workdir, dry_run = parse(verb, rest)
         prepare_jax()
@@ -191,6 +195,19 @@ VERBS = {
 }
 
 
+def bench(arguments: list[str]) -> None:
+    """Run `benchmarks/NAME.py` of the source tree with the remaining arguments."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("*.py"))
+    if not known:
+        raise InputError(f"no benchmarks in {folder}: they come with the source, not the wheel")
+    if not arguments or arguments[0] not in known:
+        got = arguments[0] if arguments else "nothing"
+        raise InputError(f"bench got {got!r}, expected a name: {', '.join(known)}")
+    sys.argv = [str(folder / f"{arguments[0]}.py"), *arguments[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def usage() -> str:
     """What the command takes."""
     return f"""{__doc__.splitlines()[0]}
@@ -203,6 +220,7 @@ verbs:
   evaluate  metrics of all arms (runs what is missing)
   verify    prove from the compiled program that workdir/plan.json ran as planned
   report    write report.html again (runs what is missing)
+  bench     bench NAME [options]: a benchmark of the source tree, its table of ratios
   doctor    devices, versions, back ends, self-tests
 
 flags:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from mpqdiff import images as pictures
 from mpqdiff import plan as plans
@@ -90,7 +91,7 @@ def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
     ceiling = extracted(Arm(experiment, "ceiling", "float32", low, None), network)
     base, base_x_0 = extracted(arms[0], network), arms[0].samples[1]
     rows = []
-    for arm in arms:
+    for arm in tqdm(arms, desc="evaluate"):
         own = extracted(arm, network)
         paired = {} if arm is arms[0] else {
             "float_x_0": base_x_0, "float_features": base["features"]
@@ -160,8 +161,9 @@ def run(experiment: Experiment, *, command: str) -> dict:
     arms = stages(experiment, clock)
     plan = arms[1].plan
     plans.save(plan, workdir / "plan.json")
-    for arm in arms:
+    for arm in tqdm(arms, desc="compile"):
         arm.verify()
+        _ = arm.execution
     clock.lap("compile and verify")
     for arm in arms:
         _ = arm.samples

@@ -1,18 +1,19 @@
 """One streamed pass of the float denoiser over the calibration set -> Statistics.
 
 Inside the forward pass each site's output is flattened per sample, centred over samples in
-float32 and reduced to its N x N Gram; raw activations never leave the program. The pass is written
-for one timestep and vmapped over a chunk of them; chunks are sized by a memory budget.
+float32 and reduced to its N x N Gram, a slice of features at a time; raw activations never leave
+the program, nor are they copied whole inside it. The pass is written for one timestep and vmapped
+over a chunk of them; chunks are sized by a memory budget.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import Precision
 
 from mpqdiff import intercept
 from mpqdiff.denoiser import Denoise
@@ -21,16 +22,37 @@ from mpqdiff.records import Statistics
 from mpqdiff.sites import Site
 
 
+# Features centred and multiplied at once. The centred copy of a slice stays in cache, and the memory
+# it takes does not depend on the width of the activation.
+SLICE = 2048
+
+
 def centred_gram(x):
     """x [N, ...] -> (Gram of the centred features [N,N], row sums of the raw Gram [N]).
 
     Centring features rather than the Gram keeps float32 exact when the mean is large.
     """
-    x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+    x = x.reshape(x.shape[0], -1)
+    samples, features = x.shape
+    whole = features // SLICE
+
+    def add(index, sums):
+        part = jax.lax.dynamic_slice_in_dim(x, index * SLICE, SLICE, axis=1)
+        return jax.tree.map(jnp.add, sums, _slice_gram(part))
+
+    sums = _slice_gram(x[:, whole * SLICE :])
+    if whole:
+        sums = jax.lax.fori_loop(0, whole, add, sums)
+    gram, row_sums = sums
+    return (gram + gram.T) / 2, row_sums
+
+
+def _slice_gram(x):
+    x = x.astype(jnp.float32)
     mean = x.mean(axis=0)
     centred = x - mean
-    gram = jnp.einsum("nd,md->nm", centred, centred, preferred_element_type=jnp.float32)
-    return (gram + gram.T) / 2, x.shape[0] * (x @ mean)
+    gram = jnp.matmul(centred, centred.T, precision=Precision.HIGHEST)
+    return gram, x.shape[0] * jnp.matmul(x, mean, precision=Precision.HIGHEST)
 
 
 def _range(args):
@@ -102,13 +124,20 @@ def detect_time_only(denoise: Denoise, params, x_t, t, cond, sites: Sequence[Sit
     """
 
     def reduce(path, module, kind, args, out):
-        return out
+        return _digest(out)
 
     observed = jax.jit(intercept.observe(denoise, reduce))
     t = jnp.broadcast_to(t, x_t.shape[:1])
     _, one = observed(params, x_t, t, cond)
     _, two = observed(params, x_t[::-1] + 0.5, t, cond)
-    return np.array([bool(jnp.array_equal(one[site.path], two[site.path])) for site in sites])
+    return np.array([bool(one[site.path] == two[site.path]) for site in sites])
+
+
+def _digest(x):
+    """uint32 checksum of the float32 bits of x: equal for equal arrays, else 2^-32 likely to be."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32).reshape(-1), jnp.uint32)
+    odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+    return jnp.sum(bits * odd, dtype=jnp.uint32)
 
 
 def timesteps_per_chunk(sites: Sequence[Site], samples: int, memory_gb: float) -> int:
@@ -139,13 +168,21 @@ def record(
     """Reduce one pass over x_ts [T,N,H,W,C] at `timesteps` [T] with cond [N] to Statistics.
 
     `chunks(count, compute)` runs `compute(i) -> dict of arrays` for every chunk; the pipeline
-    passes one that keeps finished chunks on disk. Raises InputError on NaN in any reduction.
+    passes one that keeps finished chunks on disk. Raises InputError when the shapes do not fit,
+    a site is never called, or a reduction is not finite (naming the site and the timestep).
     """
     total, samples = x_ts.shape[:2]
+    timesteps = np.asarray(timesteps, np.int32)
+    if not sites or not total or timesteps.shape != (total,):
+        raise InputError(
+            f"recording got {len(sites)} sites, x_ts {x_ts.shape} and timesteps {timesteps.shape}; "
+            "expected a site or more, [T,N,H,W,C] and [T]"
+        )
     one = one_timestep(denoise, sites, w_bits=tuple(w_bits), requantize=requantize)
     over_timesteps = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, None)))
-    size = min(total, timesteps_per_chunk(sites, samples, memory_gb))
-    t_rows = np.broadcast_to(np.asarray(timesteps, np.int32)[:, None], (total, samples))
+    count = -(-total // timesteps_per_chunk(sites, samples, memory_gb))
+    size = -(-total // count)
+    t_rows = np.broadcast_to(timesteps[:, None], (total, samples))
 
     def compute(index):
         # The last chunk is padded by repetition, so that every chunk has the compiled shape.
@@ -155,16 +192,14 @@ def record(
 
     parts = chunks(-(-total // size), compute)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # Rows over all (t, label) pairs: sample i at timestep i mod T.
-    mixed = np.arange(samples) % total
-    pooled = jax.jit(partial(one_timestep(denoise, sites)))(
-        params, x_ts[mixed, np.arange(samples)], np.asarray(timesteps, np.int32)[mixed], cond
-    )
     for name, value in joined.items():
-        if not np.isfinite(value).all():
-            raise InputError(f"{name} holds NaN or infinity: check the weights and the inputs")
+        _check_finite(name, value, timesteps, sites)
+    at = pooled_rows(total, samples)
+    pooled = jax.jit(one_timestep(denoise, sites))(
+        params, x_ts[at, np.arange(samples)], timesteps[at], cond
+    )
     return Statistics(
-        timesteps=np.asarray(timesteps, np.int32),
+        timesteps=timesteps,
         gram=joined["gram"],
         row_sums=joined["row_sums"],
         pooled_gram=np.asarray(pooled["gram"]),
@@ -174,3 +209,22 @@ def record(
         input_max=joined["input_max"],
         output_error=joined.get("output_error"),
     )
+
+
+def pooled_rows(timesteps: int, samples: int) -> np.ndarray:
+    """Which timestep each sample has in the pooled Gram: int [N], every timestep equally often.
+
+    In an order of its own: labels run in cycles, and i mod T would tie each one to few timesteps.
+    """
+    return np.random.default_rng(0).permutation(np.arange(samples) % timesteps)
+
+
+def _check_finite(name: str, value, timesteps, sites: Sequence[Site]) -> None:
+    """InputError unless `value` [T,L,...] is finite."""
+    bad = ~np.isfinite(value).all(axis=tuple(range(2, value.ndim)))
+    if bad.any():
+        t, site = np.argwhere(bad)[0]
+        raise InputError(
+            f"{name} of site {sites[site].path!r} holds NaN or infinity at timestep "
+            f"{timesteps[t]} ({bad.sum()} of {bad.size} site-timesteps); check the weights and x_ts"
+        )

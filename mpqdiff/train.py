@@ -129,9 +129,9 @@ def train(
         null=num_classes,
         dropout=label_dropout,
     )
-    state = TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params)
-    )
+    # Copies, because each step donates its state and the caller may go on using `params`.
+    own, ema = (jax.tree.map(jnp.array, params) for _ in range(2))
+    state = TrainState(jnp.zeros((), jnp.int32), own, ema, tx.init(own))
     key = jax.random.key(seed)
     folder = Path(folder)
     with checkpoint.manager(folder / "checkpoints") as checkpoints, _Log(folder) as log:
@@ -149,16 +149,24 @@ def train(
             done = index + 1
             if done % log_every == 0 or done == total:
                 mean = float(jnp.mean(jnp.stack(losses)))
-                if not np.isfinite(mean):
-                    raise InputError(f"loss is {mean} at step {done}: lower learning_rate")
+                _check_loss(mean, done)
                 elapsed = time.perf_counter() - since
                 rate_now = len(losses) * batch / elapsed
                 log.write(step=done, loss=mean, images_per_second=rate_now)
                 bar.set_postfix(loss=f"{mean:.4f}", images_per_second=f"{rate_now:.0f}")
                 losses, since = [], time.perf_counter()
             if done % checkpoint_every == 0 or done == total:
+                # Between two logs: a checkpoint of a diverged run would end every resumed one.
+                _check_loss(float(loss), done)
                 checkpoint.save(checkpoints, done, state)
     return state
+
+
+def _check_loss(loss: float, step: int) -> None:
+    if not np.isfinite(loss):
+        raise InputError(
+            f"loss is {loss} at step {step}: lower learning_rate, or check images and weights"
+        )
 
 
 class _Log:

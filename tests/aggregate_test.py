@@ -24,7 +24,7 @@ def scores(value, kind="redundancy"):
 
 def run(value, kind="redundancy", **kwargs):
     value = np.asarray(value)
-    times = dict(timesteps=np.arange(len(value))[::-1] * 10, num_timesteps=1000)
+    times = {"timesteps": np.arange(len(value))[::-1] * 10, "num_timesteps": 1000}
     return aggregate(scores(value, kind), **(times | kwargs))
 
 
@@ -75,7 +75,8 @@ def test_exp_mean_is_the_weighted_sum_by_definition():
 @pytest.mark.parametrize("method", AGGREGATIONS)
 def test_redundant_sites_matter_less(method):
     theta = run([[0.1, 0.5, 0.9]] * 3, method=method)
-    assert theta[0] == 1.0 and theta[0] > theta[1] > theta[2] > 0
+    assert theta[0] == 1.0
+    assert theta[0] > theta[1] > theta[2] > 0
 
 
 def test_mean_of_a_wholly_redundant_site_is_zero():
@@ -120,4 +121,4 @@ def test_bad_input():
         run([[0.1, 0.2]] * 2, timesteps=[1000, 0])
     with pytest.raises(InputError, match="beta > 0"):
         run([[0.1, 0.2]], beta=0.0)
-    assert module.LARGEST_SPREAD < -np.log(np.finfo(float).tiny)
+    assert -np.log(np.finfo(float).tiny) > module.LARGEST_SPREAD

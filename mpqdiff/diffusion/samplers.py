@@ -59,8 +59,12 @@ def ddim(
 
     The denoiser is called with `t` of shape [] inside one scan over the steps. With
     `trajectory`, returns (x_0, x_ts [S,B,H,W,C]), the inputs of every step. `key` is needed, and
-    consumed, only with eta > 0.
+    consumed, only with eta > 0. Raises InputError on timesteps that are not strictly descending
+    inside the schedule, on eta outside [0, 1], and on eta > 0 without a key.
     """
+    timesteps = check_timesteps(timesteps, len(alphas_cumprod))
+    if not 0.0 <= eta <= 1.0:
+        raise InputError(f"eta={eta}: expected 0 (deterministic) to 1 (as noisy as DDPM)")
     if eta > 0.0 and key is None:
         raise InputError(f"eta={eta}: a sampler with noise needs a key")
     abar = jnp.asarray(alphas_cumprod)[jnp.asarray(timesteps)]

@@ -14,6 +14,9 @@ def build(name: str, **kwargs):
         module = MODELS[name](**kwargs)
     except TypeError as error:
         raise InputError(f"model {name!r}: {error}") from error
+    counts = {k: v for k, v in kwargs.items() if isinstance(v, int | float)}
+    if any(value <= 0 for key, value in counts.items() if key != "learn_variance"):
+        raise InputError(f"model {name!r} got {counts}: every count must be positive")
     if name == "dit" and (
         module.image_size % module.patch or module.width % (4 * module.num_heads)
     ):

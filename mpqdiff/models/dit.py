@@ -5,6 +5,8 @@ modules (`Product`) so that they, too, can be observed by path. Layer order, zer
 and the (shift, scale, gate) order follow facebookresearch/DiT.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -44,14 +46,15 @@ def timestep_sinusoid(t, width: int):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid of t, then Dense, SiLU, Dense."""
+    """Sinusoid of t (computed in float32, then cast to `dtype`), Dense, SiLU, Dense."""
 
     width: int
+    dtype: Any
     frequency_width: int = 256
 
     @nn.compact
     def __call__(self, t):
-        x = timestep_sinusoid(t, self.frequency_width)
+        x = timestep_sinusoid(t, self.frequency_width).astype(self.dtype)
         x = nn.silu(nn.Dense(self.width, kernel_init=nn.initializers.normal(0.02), name="fc1")(x))
         return nn.Dense(self.width, kernel_init=nn.initializers.normal(0.02), name="fc2")(x)
 
@@ -144,9 +147,11 @@ class DiT(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             name="patch_embed",
         )
-        x = embed(x_t).reshape(batch, grid * grid, self.width) + sincos_2d(grid, self.width)
+        x = embed(x_t).reshape(batch, grid * grid, self.width)
+        # A float32 table would lift a bfloat16 network to float32 from here on.
+        x = x + sincos_2d(grid, self.width).astype(x.dtype)
         # One row suffices when the whole batch shares its timestep (t of shape []).
-        c = TimestepEmbedder(self.width, name="t_embed")(jnp.atleast_1d(t))
+        c = TimestepEmbedder(self.width, dtype=x.dtype, name="t_embed")(jnp.atleast_1d(t))
         c = c + nn.Embed(
             self.num_classes + 1,
             self.width,

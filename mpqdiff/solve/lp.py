@@ -136,7 +136,8 @@ def solve_many(problem: Problem, budgets: Sequence[float]) -> list[Allocation]:
     """One allocation per budget, all in one compiled call; `problem.budgets` plays no part.
 
     `bound` is the LP's value and `fractional` its mean bits; status "optimal" when the rounded
-    choice reaches the bound (to 1e-9 of it). Raises InputError, stating the minimum, on a budget below it.
+    choice reaches the bound (to 1e-9 of it). Raises InputError, stating the minimum, on a
+    budget below it.
     """
     out = _run(problem, budgets)
     return [_allocation(*each) for each in zip(*out, strict=True)]

@@ -27,7 +27,8 @@ def save(path: Path, params, *, model: dict, dtype=np.float16) -> None:
     `model` is `{"name": ..., "kwargs": {...}}`. InputError when a value is not finite in `dtype`.
     """
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    stored = {name: np.asarray(leaf, dtype) for name, leaf in flat.items()}
+    with np.errstate(over="ignore"):  # an overflow is reported below, by name
+        stored = {name: np.asarray(leaf, dtype) for name, leaf in flat.items()}
     bad = [name for name, leaf in stored.items() if not np.isfinite(leaf).all()]
     if bad:
         raise InputError(f"{bad[0]} is not finite as {np.dtype(dtype).name}: nothing was written")
@@ -39,7 +40,8 @@ def save(path: Path, params, *, model: dict, dtype=np.float16) -> None:
 def load(source: str):
     """(module, params, model description) of a zoo name or a path to a safetensors file.
 
-    Raises InputError when the file is missing, cut short, holds NaN, or does not fit its model.
+    Raises InputError when the file is missing, cut short, names no model or an unknown one, holds
+    NaN, or does not fit its model.
     """
     path = ZOO / f"{source}.safetensors"
     if not path.exists():
@@ -58,11 +60,17 @@ def load(source: str):
     if "model" not in metadata:
         raise InputError(f"weights {path}: the file's metadata names no model; save it with "
                          "mpqdiff.weights.save")
-    model = json.loads(metadata["model"])
-    module = models.build(model["name"], **model["kwargs"])
-    params = traverse_util.unflatten_dict(flat, sep="/")
-    check(module, params, str(path))
-    return module, params, model
+    try:
+        model = json.loads(metadata["model"])
+        name, kwargs = model["name"], dict(model["kwargs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"weights {path}: the metadata's model is {metadata['model']!r}, expected "
+            '{"name": ..., "kwargs": {...}}'
+        ) from error
+    module = models.build(name, **kwargs)
+    check(module, flat, str(path))
+    return module, traverse_util.unflatten_dict(flat, sep="/"), model
 
 
 def initialise(module, key):
@@ -73,11 +81,11 @@ def initialise(module, key):
     return jax.jit(module.init)(key, x_t, row, row)["params"]
 
 
-def check(module, params, where: str) -> None:
-    """InputError unless `params` has exactly the module's leaves and shapes, all finite."""
+def check(module, got: dict, where: str) -> None:
+    """InputError unless `got` ({"path/of/leaf": array}) has exactly the module's leaves and
+    shapes, all finite."""
     shapes = jax.eval_shape(lambda key: initialise(module, key), jax.random.key(0))
     expected = traverse_util.flatten_dict(shapes, sep="/")
-    got = traverse_util.flatten_dict(params, sep="/")
     missing, extra = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     if missing or extra:
         raise InputError(f"weights {where}: missing {missing or 'none'}, unexpected "

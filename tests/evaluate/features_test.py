@@ -66,6 +66,37 @@ def test_extract_does_not_depend_on_the_batch(network):
     np.testing.assert_array_equal(again[1], padded[1])
 
 
+def by_hand(tensors, images):
+    """The shipped network in plain numpy, float64."""
+    x = images / 127.5 - 1.0
+    for layer, pool in enumerate((2, 2, 1)):
+        kernel = tensors[f"Conv_{layer}/kernel"].astype(np.float64)
+        n, height, width, _ = x.shape
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = sum(
+            padded[:, row : row + height, column : column + width] @ kernel[row, column]
+            for row in range(3)
+            for column in range(3)
+        )
+        x = np.max(
+            [x[:, row::pool, column::pool] for row in range(pool) for column in range(pool)], 0
+        )
+        groups = x.reshape(n, -1, 8, x.shape[-1] // 8)
+        spread = np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+        x = ((groups - groups.mean((1, 3), keepdims=True)) / spread).reshape(x.shape)
+        scale, bias = (tensors[f"GroupNorm_{layer}/{name}"] for name in ("scale", "bias"))
+        x = np.maximum(x * scale + bias, 0)
+    values = x.reshape(len(x), -1) @ tensors["features/kernel"] + tensors["features/bias"]
+    return values, values @ tensors["logits/kernel"] + tensors["logits/bias"]
+
+
+def test_the_network_computes_what_its_weights_say(network):
+    tensors = {k: v.astype(np.float64) for k, v in load_file(features.ZOO / WEIGHTS).items()}
+    expected = by_hand(tensors, pictures(3))
+    for found, wanted in zip(features.extract(network, pictures(3)), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "images",
     [
@@ -235,6 +266,8 @@ def test_training_writes_files_that_load(tmp_path, monkeypatch):
     settings = {
         "epochs": 2, "batch": 32, "learning_rate": 1e-3, "weight_decay": 0.05, "seed": 0
     }  # fmt: skip
+    with pytest.raises(InputError, match="--batch=97 exceeds the 96 training images"):
+        train_features.run(None, tmp_path, settings | {"batch": 97})
     train_features.run(None, tmp_path, settings)
     network = features.load(folder=tmp_path)
     reference = features.load_reference(folder=tmp_path)

@@ -105,7 +105,8 @@ def test_symmetric_bounded_positive_semidefinite_with_unit_diagonal(seed):
     r = metric(draw(seed))
     np.testing.assert_array_equal(r, r.T)
     np.testing.assert_array_equal(np.diag(r), 1.0)
-    assert r.min() >= 0 and r.max() <= 1 + 1e-12
+    assert r.min() >= 0
+    assert r.max() <= 1 + 1e-12
     assert np.linalg.eigvalsh(r).min() >= -1e-6
 
 
@@ -172,7 +173,7 @@ def test_debiased_self_similarity_of_nothing_is_guarded():
 
 
 @pytest.mark.parametrize(
-    "samples,p,q,trials", [(64, 8, 8, 60), (32, 512, 512, 3), (64, 64, 4096, 3)]
+    ("samples", "p", "q", "trials"), [(64, 8, 8, 60), (32, 512, 512, 3), (64, 64, 4096, 3)]
 )
 def test_null_law(samples, p, q, trials):
     rng = np.random.default_rng(samples + p)
@@ -201,7 +202,8 @@ def test_constant_site_leaves_the_means_of_the_others():
         features[1] = site
         scores = orthogonality.score(statistics([features]))
         np.testing.assert_allclose(scores.value[0, [0, 2, 3]], without, atol=1e-5)
-        assert scores.value[0, 1] == 0 and np.isfinite(scores.matrix).all()
+        assert scores.value[0, 1] == 0
+        assert np.isfinite(scores.matrix).all()
         np.testing.assert_array_equal(scores.matrix[0, 1], 0.0)
 
 

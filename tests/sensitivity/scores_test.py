@@ -37,7 +37,8 @@ def test_weight_error_is_the_summed_squared_error():
         [0.2**2 + 0.1**2, 0.05**2 + 0.1**2],
         [0.24**2 + 0.1**2, 0.01**2 + 0.1**2],
     ]
-    assert scores.kind == "damage" and scores.value.shape == (1, 2, 2)
+    assert scores.kind == "damage"
+    assert scores.value.shape == (1, 2, 2)
     np.testing.assert_allclose(scores.value[0], expected, rtol=1e-5)
 
 
@@ -74,8 +75,10 @@ def test_random_differs_by_site_and_key_but_not_by_timestep():
     other = random.score(jax.random.key(2), 5, 40).value
     np.testing.assert_array_equal(one, again)
     np.testing.assert_array_equal(one, np.broadcast_to(one[0], (5, 40)))
-    assert len(np.unique(one)) == 40 and not np.array_equal(one, other)
-    assert 0 <= one.min() and one.max() < 1
+    assert len(np.unique(one)) == 40
+    assert not np.array_equal(one, other)
+    assert one.min() >= 0
+    assert one.max() < 1
 
 
 def test_registry_names_its_scores():

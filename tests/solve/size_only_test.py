@@ -93,7 +93,8 @@ def test_search_finds_the_best_total_and_the_first_of_equals():
 def test_smaller_sites_are_wider(linear_problem):
     n = [10, 100, 1000, 10000]
     out = solve(linear_problem(np.ones(4), n, 4.0 * sum(n)), "size_only")
-    assert (np.diff(out.choice) <= 0).all() and out.choice[0] > out.choice[-1]
+    assert (np.diff(out.choice) <= 0).all()
+    assert out.choice[0] > out.choice[-1]
 
 
 def test_bad_input():

@@ -29,7 +29,8 @@ def test_tied_sites_agree_and_pins_hold(make_problem, name):
     problem = tied(make_problem)
     out = run(problem, name)
     assert out.choice.shape == (6,)
-    assert out.choice[0] == out.choice[2] and out.choice[1] == out.choice[5] == 1
+    assert out.choice[0] == out.choice[2]
+    assert out.choice[1] == out.choice[5] == 1
     sites = np.arange(6)
     assert problem.resources[0, sites, out.choice].sum() <= 40
     np.testing.assert_allclose(out.objective, problem.value[sites, out.choice].sum())
@@ -79,7 +80,7 @@ def spoiled(problem, field, index, value):
 
 
 @pytest.mark.parametrize(
-    "field,index,value,message",
+    ("field", "index", "value", "message"),
     [
         ("value", (1, 2), np.nan, r"value is nan at \[site, choice\] \[1, 2\]"),
         ("resources", (0, 1, 2), np.inf, r"resources is inf at"),

@@ -1,0 +1,74 @@
+"""Markdown tables of finished runs, as docs/results.md shows them.
+
+    python benchmarks/table.py runs/mpq_diff_seed0/results.json [more results.json ...]
+
+A difference of x0 MSE inside the two arms' 95 % intervals counts as a tie with the plan.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = (
+    ("arm", lambda a, plan: a["arm"]),
+    ("mean bits", lambda a, plan: f"{a['avg_w_bits']:.2f}"),
+    ("bytes", lambda a, plan: f"{a['bytes']:,}"),
+    ("smaller", lambda a, plan: f"{a['compression']:.2f}x"),
+    ("x0 MSE (95 %)", lambda a, plan: interval(a, "x0_mse", ".2e")),
+    ("PSNR dB (95 %)", lambda a, plan: interval(a, "psnr", ".2f")),
+    ("KID (95 %)", lambda a, plan: interval(a, "kid", ".4f")),
+    ("FID (95 %)", lambda a, plan: interval(a, "fid", ".2f")),
+    ("damage", lambda a, plan: number(a["damage"], ".3f")),
+    ("speed-up", lambda a, plan: f"{a['speedup']:.2f}x"),
+    ("against plan", lambda a, plan: against(a, plan)),
+)
+
+
+def number(value, form: str) -> str:
+    """A dash where there is no value."""
+    return "-" if value is None else format(value, form)
+
+
+def interval(arm: dict, key: str, form: str) -> str:
+    """value (low to high)."""
+    ends = arm.get(f"{key}_ci")
+    text = number(arm[key], form)
+    return f"{text} ({ends[0]:{form}} to {ends[1]:{form}})" if ends and arm[key] is not None else text
+
+
+def against(arm: dict, plan: dict) -> str:
+    """better, worse or tie in x0 MSE, by the arms' intervals; only within 3 % of its bytes."""
+    if arm["arm"] in ("float", plan["arm"]) or not arm.get("x0_mse_ci"):
+        return ""
+    if abs(arm["bytes"] / plan["bytes"] - 1) > 0.03:
+        return "other size"
+    if arm["x0_mse_ci"][0] > plan["x0_mse_ci"][1]:
+        return "worse"
+    return "better" if arm["x0_mse_ci"][1] < plan["x0_mse_ci"][0] else "tie"
+
+
+def markdown(results: dict) -> str:
+    """One table."""
+    arms = results["arms"]
+    plan = next(arm for arm in arms if arm["arm"] == "plan")
+    head = [name for name, _ in COLUMNS]
+    rows = [[show(arm, plan) for _, show in COLUMNS] for arm in arms]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(paths: list[str]) -> int:
+    """Print a table per file."""
+    if not paths:
+        print(__doc__)
+        return 2
+    for path in paths:
+        results = json.loads(Path(path).read_text())
+        protocol = results["protocol"]
+        print(f"\n{protocol.get('name', path)}: {protocol.get('n_images', '-')} images per arm\n")
+        print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,197 @@
+"""The stages called in turn: what is refused before any work, and what a change computes anew."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mpqdiff import arms, pipeline, weights
+from mpqdiff import models as model_list
+from mpqdiff.config import base, for_arm, smoke
+from mpqdiff.errors import InputError, VerificationError
+
+MODEL = {"image_size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 1, "num_heads": 2,
+         "num_classes": 3}  # fmt: skip
+
+
+def _config(**changes):
+    config = smoke(base())
+    config.model.kwargs.update(MODEL)
+    config.calibration.update(samples=4, timesteps=3)
+    config.sample.update(num_images=4, batch=4)
+    for path, value in changes.items():
+        group, leaf = path.split("__")
+        config[group][leaf] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    """A file of random weights: quicker to read than to draw."""
+    module = model_list.build("dit", **MODEL)
+    shapes = jax.eval_shape(lambda key: weights.initialise(module, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape), shapes)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    weights.save(path, params, model={"name": "dit", "kwargs": MODEL})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, weights_file):
+    config = _config()
+    config.weights = weights_file
+    config.arms = {"fewer": {"num_steps": 2}, "damage": {"score": "weight_error"}}
+    return pipeline.Experiment(config, tmp_path_factory.mktemp("workdir"))
+
+
+NAMES = {
+    "score": ("score__name", "output_error"),
+    "estimator": ("score__estimator", "centered"),
+    "temporal policy": ("score__temporal_policy", "pooled"),
+    "aggregation": ("aggregate__name", "exp_mean"),
+    "solver": ("plan__solver", "size_only"),
+    "budget resource": ("plan__resource", "file_bytes"),
+    "back end": ("quantize__backend", "aqt"),
+    "activation mode": ("quantize__mode", "step_table"),
+    "weight clip": ("quantize__clip", "mse"),
+    "sampler": ("diffusion__sampler", "ddim"),
+    "noise schedule": ("diffusion__schedule", "cosine"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_an_unknown_name_is_refused_before_any_work(kind, tmp_path):
+    path, known = NAMES[kind]
+    config = _config(**{path: "nonsense"})
+    with pytest.raises(InputError, match=rf"unknown {kind} 'nonsense'; known: .*{known}"):
+        pipeline.Experiment(config, tmp_path / "workdir")
+    assert not (tmp_path / "workdir").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("plan__w_bits", (), "distinct widths within"),
+        ("plan__w_bits", (4, 16), "distinct widths within"),
+        ("plan__a_bits", 16, "width 16"),
+        ("plan__ratio_bits", 1, "width 1"),
+        ("plan__pins", (("final", 9),), "width 9"),
+        ("diffusion__num_steps", 2000, "num_steps=2000: expected 1 to 1000"),
+    ],
+)
+def test_widths_and_steps_out_of_range_are_refused_before_any_work(path, value, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        pipeline.Experiment(_config(**{path: value}), tmp_path / "workdir")
+    assert not (tmp_path / "workdir").exists()
+
+
+def test_an_arms_unknown_name_is_refused_before_any_work(tmp_path):
+    config = _config()
+    config.arms = ConfigDict({"odd": {"solver": "annealing"}})
+    with pytest.raises(InputError, match="unknown solver 'annealing'; known: greedy, lp"):
+        pipeline.Experiment(config, tmp_path / "workdir")
+
+
+def test_a_pin_that_matches_nothing_lists_the_sites(tmp_path, weights_file):
+    config = _config(plan__pins=(("nowhere", 8),))
+    config.weights = weights_file
+    with pytest.raises(InputError, match="pin 'nowhere' matches no site; sites: patch_embed"):
+        pipeline.Experiment(config, tmp_path)
+
+
+def _plan(experiment, **changes):
+    """The plan of the config with `changes` by arm key, and the stages that were computed."""
+    before = len(experiment.store.log)
+    plan = experiment.plan(for_arm(experiment.config, changes), "test")
+    log = experiment.store.log[before:]
+    return plan, [entry["stage"] for entry in log if not entry["cached"]]
+
+
+def test_a_plan_holds_the_budget_the_pins_and_all_sites(experiment):
+    plan, _ = _plan(experiment)
+    assert plan.predicted["bytes"] <= plan.budgets["bytes"]
+    assert list(plan.w_bits) == [site.path for site in experiment.all_sites]
+    for site in experiment.sites:
+        assert plan.w_bits[site.path] in ((site.pin,) if site.pin else (4, 8))
+    assert plan.w_bits["label_embed"] is plan.a_bits["label_embed"] is None
+    assert plan.a_bits["block_0/attn/qk"] == {"lhs": None, "rhs": None}
+    assert plan.bound <= plan.objective
+    uniform = {site.path: site.pin or 4 for site in experiment.sites}
+    least = experiment.predict(uniform, experiment.config)["bytes"]
+    assert plan.budgets["bytes"] == int(1.165 * least)
+
+
+def test_the_same_recipe_is_cached_and_each_change_is_not(experiment):
+    _plan(experiment)
+    _plan(experiment, score="weight_error")
+    assert _plan(experiment)[1] == []
+    assert _plan(experiment, ratio=1.3)[1] == ["plan"]
+    assert _plan(experiment, mode="static")[1] == ["plan"]
+    assert _plan(experiment, score="random", solver="greedy")[1] == ["score", "plan"]
+    other = experiment.config.copy_and_resolve_references()
+    other.quantize.clip, other.score.name = "absmax", "weight_error"
+    before = len(experiment.store.log)
+    experiment.plan(other, "test")
+    computed = [e["stage"] for e in experiment.store.log[before:] if not e["cached"]]
+    assert computed == ["score", "plan"]
+
+
+def test_an_arm_keeps_its_own_number_of_steps(experiment):
+    whole, fewer = _plan(experiment)[0], _plan(experiment, num_steps=2)[0]
+    assert len(whole.timesteps) == experiment.config.diffusion.num_steps == 4
+    assert fewer.timesteps == (999, 0)
+    # Three recorded timesteps serve four steps: the ranges cover them all.
+    covered = [t for t in whole.timesteps if any(a >= t >= b for a, b in whole.groups)]
+    assert covered == list(whole.timesteps)
+    assert len(whole.groups) == 3
+
+
+@pytest.mark.parametrize("budget", [1.0, 1e9])
+def test_an_impossible_budget_states_the_range(experiment, budget):
+    config = experiment.config.copy_and_resolve_references()
+    config.plan.budget = budget
+    least = experiment.predict({s.path: s.pin or 4 for s in experiment.sites}, config)["bytes"]
+    most = experiment.predict({s.path: s.pin or 8 for s in experiment.sites}, config)["bytes"]
+    stated = rf"below the minimum {least}" if budget < least else rf"above the maximum {most}"
+    with pytest.raises(InputError, match=stated):
+        experiment.plan(config, "test")
+
+
+def _arm(experiment, plan):
+    return arms.Arm(experiment, "plan", "test", experiment.config, plan)
+
+
+def test_an_arm_runs_the_activation_widths_of_its_plan(experiment):
+    plan, _ = _plan(experiment)
+    narrow = replace(plan, a_bits={p: 4 if b == 8 else b for p, b in plan.a_bits.items()})
+    eight, four = (arms.store.load(_arm(experiment, p).file)[2] for p in (plan, narrow))
+    symmetric = np.asarray(eight.zero_point[0]) == 0
+    ratio = np.asarray(four.scale / eight.scale)[:, symmetric]
+    np.testing.assert_allclose(ratio, 127 / 7, rtol=1e-5)
+
+
+def test_an_arm_refuses_a_plan_that_the_config_cannot_run(experiment):
+    plan, _ = _plan(experiment)
+    with pytest.raises(InputError, match=r"values in 0\.\.999"):
+        _arm(experiment, replace(plan, timesteps=(1000, 0)))
+    products = plan.a_bits | {"block_0/attn/qk": {"lhs": 8, "rhs": 8}}
+    with pytest.raises(InputError, match=r"\['block_0/attn/qk'\], .*quantize\.products=True"):
+        _arm(experiment, replace(plan, a_bits=products))
+
+
+def test_an_arm_verifies_its_program_and_its_bytes(experiment):
+    plan, _ = _plan(experiment)
+    arm = _arm(experiment, plan)
+    arm.verify(arm.execution.resident_bytes)
+    assert arm.passed_bytes == plan.predicted["bytes"]
+    arm.plan = replace(plan, predicted=plan.predicted | {"bytes": plan.predicted["bytes"] - 1})
+    with pytest.raises(VerificationError, match=rf"arm 'plan': bytes passed {arm.passed_bytes}"):
+        arm.verify()
+
+
+def test_random_weights_leave_no_parameter_at_zero():
+    _, params, _ = pipeline.load_model(_config())
+    assert all(np.count_nonzero(leaf) == leaf.size for leaf in jax.tree.leaves(params))

@@ -71,10 +71,11 @@ def parse(verb: str, arguments: list[str]) -> tuple[ConfigDict | None, Path | No
                 for word in arguments)
     try:
         if named:
-            config_flags.DEFINE_config_file("config", lock_config=False, flag_values=values)
+            config_flags.DEFINE_config_file("config", lock_config=False, flag_values=values,
+                                            sys_argv=["mpqdiff", *arguments])
         elif workdir and (workdir / "config.json").exists():
             config_flags.DEFINE_config_dict("config", _stored(workdir), lock_config=True,
-                                            flag_values=values)
+                                            flag_values=values, sys_argv=["mpqdiff", *arguments])
         left = values(["mpqdiff", *arguments])[1:]
         config = values["config"].value if "config" in values else None
     except InputError:
@@ -82,23 +83,31 @@ def parse(verb: str, arguments: list[str]) -> tuple[ConfigDict | None, Path | No
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"arguments of {verb!r}: {_plain(error)}") from error
     except (Exception, SystemExit) as error:
-        raise InputError(f"the config file raised {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"the config file raised {type(error).__name__}: {_plain(error)}"
+        ) from error
     if left:
         raise InputError(f"unexpected arguments {left}; see mpqdiff --help")
+    failure = getattr(config, "__dict__", {}).get("_error")  # what ml_collections keeps back
+    if isinstance(failure, OSError):
+        raise InputError(f"the config file cannot be used: {_plain(failure)}")
+    if named and not isinstance(config, ConfigDict):
+        raise InputError(f"the config file returned {type(config).__name__}, not a ConfigDict")
     if config is None and verb != "doctor":
         where = f"{workdir}/config.json does not exist" if workdir else "no --workdir either"
         raise InputError(f"{verb} needs --config=FILE ({where})")
     if config is not None:
-        if not isinstance(config, ConfigDict):
-            raise InputError(f"the config file returned {type(config).__name__}, not a ConfigDict")
         validate(config)
         if workdir is None and not values["dry_run"].value:
             raise InputError(f"{verb} needs --workdir=DIR")
     return config, workdir, values["dry_run"].value
 
 
-def _plain(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).split())
+def _plain(error: BaseException) -> str:
+    """The message on one line; of a traceback that ml_collections put into it, the last line."""
+    text = str(error).strip() or type(error).__name__
+    lines = text.splitlines()
+    return " ".join((lines[-1] if "Traceback" in text else text).split())
 
 
 def _workdir(arguments: list[str]) -> Path | None:

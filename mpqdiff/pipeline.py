@@ -384,20 +384,20 @@ def check_names(config: ConfigDict) -> None:
 
 
 def load_model(config: ConfigDict):
-    """(module, params, description) of `config.weights`; "random" initialises `config.model`.
+    """(module, params, description) of `config.weights`; "random" draws them for `config.model`.
 
-    Random weights leave no parameter at zero: a zero-initialised gate would hide every site.
+    Random weights leave no parameter at zero, as the model's own initialisation would: a gate of
+    zero hides every site behind it. Drawn on the host, so that nothing is compiled.
     """
     if config.weights != "random":
         return weights.load(config.weights)
     model = {"name": config.model.name, "kwargs": config.model.kwargs.to_dict()}
     module = models.build(model["name"], **model["kwargs"])
-    key, noise = jax.random.split(jax.random.key(config.seed))
-    params = weights.initialise(module, key)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(noise, len(leaves))
-    leaves = [
-        leaf + 0.05 * jax.random.normal(k, leaf.shape)
-        for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return module, jax.device_get(jax.tree.unflatten(structure, leaves)), model
+    shapes = jax.eval_shape(lambda key: weights.initialise(module, key), jax.random.key(0))
+    rng = np.random.default_rng(config.seed)
+
+    def draw(leaf):
+        spread = 0.05 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
+        return (spread * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return module, jax.tree.map(draw, shapes), model

@@ -66,7 +66,6 @@ class Arm:
 
         def compute(folder):
             tensors = quantize(
-                experiment.denoise,
                 experiment.params,
                 experiment.sites,
                 plan,

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,7 +78,8 @@ def save_arrays(path: Path, arrays: dict) -> None:
     """Atomic uncompressed .npz of a flat dict of arrays (None is left out)."""
     partial = path.with_name(f".{path.name}.partial.npz")
     try:
-        np.savez(partial, **{name: np.asarray(a) for name, a in arrays.items() if a is not None})
+        kept: dict[str, Any] = {k: np.asarray(a) for k, a in arrays.items() if a is not None}
+        np.savez(partial, **kept)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

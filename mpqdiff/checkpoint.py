@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 
@@ -23,7 +24,7 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
     checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 
-def restore_latest(checkpoints: ocp.CheckpointManager, like):
+def restore_latest(checkpoints: ocp.CheckpointManager, like) -> Any:
     """The newest complete state with the structure, shapes and dtypes of `like`, or None.
 
     Raises InputError when it is damaged or belongs to another model.

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mpqdiff.config import validate
+from mpqdiff.config import Config, validate
 from mpqdiff.errors import InputError, VerificationError
 
 # What the system says of a workdir that cannot be written: not permitted, a file in the place of a
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(verb: str, arguments: list[str]) -> tuple[ConfigDict | None, Path | None, bool]:
+def parse(verb: str, arguments: list[str]) -> tuple[Config, Path | None, bool]:
     """(config, workdir, dry_run) of a verb; a workdir's stored config where none is named.
 
     Config files run here, so whatever they raise is unusable input.
@@ -100,7 +100,7 @@ def parse(verb: str, arguments: list[str]) -> tuple[ConfigDict | None, Path | No
         validate(config)
         if workdir is None and not values["dry_run"].value:
             raise InputError(f"{verb} needs --workdir=DIR")
-    return config, workdir, values["dry_run"].value
+    return config, workdir, bool(values["dry_run"].value)
 
 
 def _plain(error: BaseException) -> str:
@@ -219,7 +219,7 @@ def bench(arguments: list[str]) -> None:
 
 def usage() -> str:
     """What the command takes."""
-    return f"""{__doc__.splitlines()[0]}
+    return f"""{str(__doc__).splitlines()[0]}
 
 verbs:
   run       all stages: plan, quantise, sample, evaluate, report

@@ -7,15 +7,19 @@ that lists what exists.
 import difflib
 import math
 import re
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from mpqdiff.errors import InputError
 
 
-def base() -> ConfigDict:
+Config = Any  # a ConfigDict, whose keys no type checker knows
+
+
+def base() -> Config:
     """A fresh ConfigDict with every default."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.name = "experiment"  # title of the report
     config.system = "mpq_diff"  # the recipe's name, written into plan.json
     config.seed = 0
@@ -140,7 +144,7 @@ POSITIVE = (
 )  # fmt: skip
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """InputError on a key that `base` lacks or the reverse, a value of another type than the
     default's, or a count that is not positive."""
     _compare_keys(config, base(), "config")
@@ -217,7 +221,7 @@ def _unknown_key(where: str, key: str, known) -> InputError:
     return InputError(f"unknown key {where}.{key}{hint} (known: {', '.join(sorted(known))})")
 
 
-def for_arm(config: ConfigDict, changes) -> ConfigDict:
+def for_arm(config: Config, changes) -> Config:
     """A copy of `config` with an arm's `changes` (keys of ARM_KEYS) put where they belong."""
     copy = config.copy_and_resolve_references()
     for key, value in changes.items():
@@ -228,7 +232,7 @@ def for_arm(config: ConfigDict, changes) -> ConfigDict:
     return copy
 
 
-def smoke(config: ConfigDict) -> ConfigDict:
+def smoke(config: Config) -> Config:
     """Shrink `config` to seconds: random small weights, a few samples, no metric published."""
     config.weights = "random"
     config.model.kwargs.update(width=16, depth=2, num_heads=2)

@@ -84,13 +84,14 @@ def observe(
     reduce: Callable[[str, Any, str, tuple, Any], Any],
     *,
     paths: Collection[str] | None = None,
+    proceed: Callable[[Any, Any], Any] = lambda out, reduction: out,
 ) -> Callable:
     """A function `(params, x_t, t, cond) -> (Prediction, {path: reduction})`.
 
     `reduce(path, module, kind, args, out)` sees each site's operands and output and returns a
-    pytree; None is left out. Each call is traced under the name scope of its path. Raises
-    InputError when the sites hit are not exactly `paths`, or when a site lies inside a transform
-    that would keep its reduction (scan, remat, vmap, jit).
+    pytree; None is left out. The model goes on with `proceed(out, reduction)`. Each call is traced
+    under the name scope of its path. Raises InputError when the sites hit are not exactly `paths`,
+    or when a site lies inside a transform that would keep its reduction (scan, remat, vmap, jit).
     """
 
     def observed(params, x_t, t, cond):
@@ -109,9 +110,10 @@ def observe(
                 out = call()
             hit.append(path)
             reduction = reduce(path, module, kind, args, out)
-            if reduction is not None:
-                taken[path] = reduction
-            return out
+            if reduction is None:
+                return out
+            taken[path] = reduction
+            return proceed(out, reduction)
 
         prediction = _intercepted(denoise, visit)(params, x_t, t, cond)
         _check_hits(hit, paths)

@@ -18,7 +18,7 @@ from mpqdiff.costs.bitops import bitops
 from mpqdiff.evaluate import evaluate, features
 from mpqdiff.evaluate.protocol import protocol
 from mpqdiff.pipeline import VERSIONS, Experiment
-from mpqdiff.plan import average_bits
+from mpqdiff.plan import Plan, average_bits
 
 SCHEMA = 1
 METRICS = (
@@ -117,7 +117,6 @@ def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
     own = np.array(times["own"])
     quartiles = np.percentile(own, [25, 75])
     plan = arm.plan
-    w_bits = plan.w_bits if plan else {site.path: None for site in experiment.all_sites}
     weights = experiment.sites
     return {
         "arm": arm.name,
@@ -131,7 +130,7 @@ def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
         "bitops": bitops(
             experiment.all_sites,
             experiment.remainder,
-            w_bits,
+            plan.w_bits if plan else {},
             plan.a_bits if plan else {},
             len(arm.timesteps),
         ),
@@ -159,8 +158,7 @@ def run(experiment: Experiment, *, command: str) -> dict:
     config = experiment.config
     write_json(workdir / "config.json", config.to_dict())
     arms = stages(experiment, clock)
-    plan = arms[1].plan
-    plans.save(plan, workdir / "plan.json")
+    plans.save(planned(arms[1]), workdir / "plan.json")
     for arm in tqdm(arms, desc="compile"):
         arm.verify()
         _ = arm.execution
@@ -194,6 +192,12 @@ def run(experiment: Experiment, *, command: str) -> dict:
     return results
 
 
+def planned(arm: Arm) -> Plan:
+    """The plan of an arm that has one."""
+    assert arm.plan is not None, f"arm {arm.name!r} is a float arm"
+    return arm.plan
+
+
 def stages(experiment: Experiment, clock: Clock) -> list[Arm]:
     """Everything up to the plans, timed."""
     before = len(experiment.store.log)
@@ -221,18 +225,20 @@ def write_report(experiment, arms, results, clock: Clock, command: str) -> None:
     scores = experiment.scores(config)
     value = np.asarray(scores.value)
     value = value.mean(axis=-1) if value.ndim == 3 else value
+    if scores.kind == "redundancy":  # shown so that more is more important, for every score
+        value = 1.0 - value
     timesteps = np.asarray(experiment.statistics[1].timesteps)
     matrix = None if scores.matrix is None else np.asarray(scores.matrix).mean(axis=0)
     time_only = np.asarray(experiment.statistics[1].time_only)
     paths = [site.path for site in experiment.sites]
     data = report.ReportData(
         results=results,
-        plan=plans.to_json(arms[1].plan),
+        plan=plans.to_json(planned(arms[1])),
         sites=[site_row(site, paths, time_only) for site in experiment.all_sites],
         remainder=[{"name": entry.name, "macs": entry.macs} for entry in experiment.remainder],
         timesteps=timesteps,
         importance=np.broadcast_to(value, (len(timesteps), value.shape[1])),
-        score_name=scores.name,
+        score_name=f"1 - {scores.name}" if scores.kind == "redundancy" else scores.name,
         matrix=matrix,
         site_paths=paths,
         images={

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from mpqdiff import aggregate, models, record, sensitivity, solve, weights
 from mpqdiff import plan as plans
 from mpqdiff import sites as site_list
 from mpqdiff.artifacts import Store, chunked, load_arrays, save_arrays, tree_digest
-from mpqdiff.config import for_arm
+from mpqdiff.config import Config, for_arm
 from mpqdiff.costs import RESOURCES, check_choices, problem
 from mpqdiff.costs.bytes import total
 from mpqdiff.denoiser import Denoise, from_linen
@@ -47,7 +46,7 @@ class Experiment:
     products left in float.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    def __init__(self, config: Config, workdir: Path):
         self.config = config
         for arm in recipes(config):
             check_names(arm)
@@ -187,7 +186,7 @@ class Experiment:
             flat.get(f"{site_list.module_path(site.path)}/kernel", empty) for site in self.sites
         ]
 
-    def scores(self, config: ConfigDict) -> Scores:
+    def scores(self, config: Config) -> Scores:
         """The scores of the recipe `config`, cached."""
         name = config.score.name
         recorded, stats = self.statistics
@@ -224,7 +223,7 @@ class Experiment:
         kind = (folder / "kind.txt").read_text()
         return Scores(arrays["value"], kind=kind, name=name, matrix=arrays.get("matrix"))
 
-    def table(self, config: ConfigDict, a_bits: dict | None = None) -> activations.Table:
+    def table(self, config: Config, a_bits: dict | None = None) -> activations.Table:
         """The activation table of the recipe, or of a plan's own `a_bits`."""
         bits = config.plan.a_bits
         if a_bits is None:
@@ -241,12 +240,12 @@ class Experiment:
         """[L]: which sites read an activation with a zero point."""
         return activations.lopsided(self.statistics[1], self.sites)
 
-    def fixed(self, config: ConfigDict) -> dict[str, float]:
+    def fixed(self, config: Config) -> dict[str, float]:
         """Bytes no choice changes, by resource."""
         rows = len(self.table(config).timesteps)
         return fixed_cost(self.params, self.sites, rows=rows)
 
-    def predict(self, w_bits: dict, config: ConfigDict) -> dict[str, float]:
+    def predict(self, w_bits: dict, config: Config) -> dict[str, float]:
         """Bytes on the device and in the file (payload) of the widths `w_bits`."""
         fixed = self.fixed(config)
         return {
@@ -254,7 +253,7 @@ class Experiment:
             for name, resource in RESOURCES.items()
         }
 
-    def budget(self, config: ConfigDict) -> float:
+    def budget(self, config: Config) -> float:
         """The recipe's budget in its resource: given, or the ratio times uniform `ratio_bits`."""
         p = config.plan
         if p.budget:
@@ -262,7 +261,7 @@ class Experiment:
         uniform = {site.path: site.pin or p.ratio_bits for site in self.sites}
         return float(np.floor(p.ratio * self.predict(uniform, config)[p.resource]))
 
-    def plan(self, config: ConfigDict, system: str) -> Plan:
+    def plan(self, config: Config, system: str) -> Plan:
         """Solve the recipe `config` into a Plan, cached. InputError names an impossible budget."""
         p = config.plan
         scores = self.scores(config)
@@ -284,7 +283,7 @@ class Experiment:
         folder = self.store.get("plan", version=VERSIONS["plan"], key=key, compute=compute)
         return plans.load(folder / "plan.json")
 
-    def _solve(self, config: ConfigDict, system: str, scores: Scores) -> Plan:
+    def _solve(self, config: Config, system: str, scores: Scores) -> Plan:
         p = config.plan
         mode, timesteps = config.quantize.mode, self.steps(config.diffusion.num_steps)
         choices = check_choices(p.w_bits)
@@ -355,12 +354,12 @@ class Experiment:
         return bits if decided else None
 
 
-def recipes(config: ConfigDict) -> list[ConfigDict]:
+def recipes(config: Config) -> list[Config]:
     """The config itself, then that of each of its arms."""
     return [config, *(for_arm(config, changes) for changes in config.arms.values())]
 
 
-def check_names(config: ConfigDict) -> None:
+def check_names(config: Config) -> None:
     """InputError on an unknown name or a width out of range in a recipe, before any work."""
     for kind, name, known in (
         ("score", config.score.name, sensitivity.SCORES),
@@ -383,7 +382,7 @@ def check_names(config: ConfigDict) -> None:
     alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
 
 
-def load_model(config: ConfigDict):
+def load_model(config: Config):
     """(module, params, description) of `config.weights`; "random" draws them for `config.model`.
 
     Random weights leave no parameter at zero, as the model's own initialisation would: a gate of

@@ -47,6 +47,13 @@ class Plan:
         """Those of `sites` that this plan runs in integers; the others stay in float."""
         return [site for site in sites if runs_in_integers(self.a_bits.get(site.path))]
 
+    def width(self, path: str) -> int:
+        """The weight width of an integer site. Raises InputError when it has none."""
+        bits = self.w_bits.get(path)
+        if bits is None:
+            raise InputError(f"site {path!r} has activation bits and no weight bits; give it both")
+        return bits
+
     @property
     def hash(self) -> str:
         """Of the decision alone: bits, mode, groups, timesteps and model."""
@@ -85,7 +92,7 @@ def to_json(plan: Plan) -> dict:
     return _rounded(body)
 
 
-def _rounded(value):
+def _rounded(value) -> Any:
     if isinstance(value, float):
         return float(f"{value:.9g}")
     if isinstance(value, dict):

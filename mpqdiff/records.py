@@ -5,7 +5,11 @@ Each states its invariants; none has behaviour beyond read-only views. `Site` is
 """
 
 import jax
+import numpy as np
 from flax import struct
+
+# On the host NumPy's, in float64 where a solver needs it; on the device jax's.
+Array = jax.Array | np.ndarray
 
 
 @struct.dataclass
@@ -17,15 +21,15 @@ class Statistics:
     r = row_sums / N - c. `input_min <= 0 <= input_max` always.
     """
 
-    timesteps: jax.Array  # int32 [T], descending
-    gram: jax.Array  # float32 [T,L,N,N], one timestep at a time
-    row_sums: jax.Array  # float32 [T,L,N], row sums of the raw (uncentred) Gram
-    pooled_gram: jax.Array  # float32 [L,N,N], rows drawn over all (t, label) pairs
-    pooled_row_sums: jax.Array  # float32 [L,N]
-    time_only: jax.Array  # bool [L], the output does not change when x_t does
-    input_min: jax.Array  # float32 [T,L,2], operands (lhs, rhs); 0 where an operand is a weight
-    input_max: jax.Array  # float32 [T,L,2]
-    output_error: jax.Array | None = None  # float32 [T,L,K], relative error of the site's output
+    timesteps: Array  # int32 [T], descending
+    gram: Array  # float32 [T,L,N,N], one timestep at a time
+    row_sums: Array  # float32 [T,L,N], row sums of the raw (uncentred) Gram
+    pooled_gram: Array  # float32 [L,N,N], rows drawn over all (t, label) pairs
+    pooled_row_sums: Array  # float32 [L,N]
+    time_only: Array  # bool [L], the output does not change when x_t does
+    input_min: Array  # float32 [T,L,2], operands (lhs, rhs); 0 where an operand is a weight
+    input_max: Array  # float32 [T,L,2]
+    output_error: Array | None = None  # float32 [T,L,K], relative error of the site's output
 
 
 @struct.dataclass
@@ -36,10 +40,10 @@ class Scores:
     metric). `kind="damage"`: expected loss of each choice, [T,L,K], never rising with bits.
     """
 
-    value: jax.Array
+    value: Array
     kind: str = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False)
-    matrix: jax.Array | None = None  # [T,L,L] the site-by-site metric, where the score has one
+    matrix: Array | None = None  # [T,L,L] the site-by-site metric, where the score has one
 
 
 @struct.dataclass
@@ -51,15 +55,15 @@ class Problem:
     choice is within budget when sum_l resources[r,l,choice_l] + fixed[r] <= budgets[r].
     """
 
-    value: jax.Array  # float64 [L,K], expected damage
-    resources: jax.Array  # float64 [R,L,K]
-    fixed: jax.Array  # float64 [R]
-    budgets: jax.Array  # float64 [R]
-    w_bits: jax.Array  # int32 [K], ascending
-    a_bits: jax.Array  # int32 [K]
-    legal: jax.Array  # bool [L,K]
-    tie: jax.Array  # int32 [L]
-    parameters: jax.Array  # int64 [L], weights per site (size_only ranks by it)
+    value: Array  # float64 [L,K], expected damage
+    resources: Array  # float64 [R,L,K]
+    fixed: Array  # float64 [R]
+    budgets: Array  # float64 [R]
+    w_bits: Array  # int32 [K], ascending
+    a_bits: Array  # int32 [K]
+    legal: Array  # bool [L,K]
+    tie: Array  # int32 [L]
+    parameters: Array  # int64 [L], weights per site (size_only ranks by it)
 
 
 @struct.dataclass
@@ -67,9 +71,9 @@ class Allocation:
     """A solver's answer. `bound <= objective`; `gap = objective - bound`; feasible whenever
     `status` is "optimal" or "rounded"."""
 
-    choice: jax.Array  # int32 [L], index into w_bits
+    choice: Array  # int32 [L], index into w_bits
     objective: float
     bound: float
     gap: float
     status: str = struct.field(pytree_node=False)
-    fractional: jax.Array | None = None  # float64 [L], mean bits at the LP vertex
+    fractional: Array | None = None  # float64 [L], mean bits at the LP vertex

@@ -32,7 +32,7 @@ def uniform_timesteps(num_timesteps: int, num_steps: int) -> np.ndarray:
     return np.rint(np.linspace(num_timesteps - 1, 0, num_steps)).astype(np.int32)
 
 
-def check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> np.ndarray:
+def check_timesteps(timesteps: Sequence[int] | np.ndarray, num_timesteps: int) -> np.ndarray:
     """`timesteps` as int32 [S]; InputError unless strictly descending inside the schedule."""
     steps = np.asarray(timesteps, np.int32)
     if steps.ndim != 1 or not steps.size or np.any(np.diff(steps) >= 0):

@@ -87,7 +87,6 @@ def site_tensors(kernel, bias, bits: int, *, asymmetric: bool, clip: str) -> dic
 
 
 def quantize(
-    denoise: Denoise,
     params,
     sites: Sequence[Site],
     plan: Plan,
@@ -103,7 +102,7 @@ def quantize(
         site.path: site_tensors(
             flat[f"{module_path(site.path)}/kernel"],
             flat.get(f"{module_path(site.path)}/bias"),
-            plan.w_bits[site.path],
+            plan.width(site.path),
             asymmetric=flag,
             clip=clip,
         )
@@ -129,7 +128,7 @@ def build(
     if backend not in BACKENDS:
         raise unknown_name("quantize.backend", backend, BACKENDS)
     hold, open_, matmul = BACKENDS[backend]()
-    widths = {path: plan.w_bits[path] for path in tensors}
+    widths = {path: plan.width(path) for path in tensors}
     packed = {
         path: {**entry, "qvalue": hold(entry["qvalue"], widths[path])}
         for path, entry in tensors.items()
@@ -222,7 +221,7 @@ def _against(value, x, path: str):
 
 def _patches(module: nn.Conv, x):
     """Patches of x [B,H,W,C] in kernel order: [B,h,w, kh*kw*C]. Padding is real zero."""
-    size = tuple(module.kernel_size)
+    size = _pair(module.kernel_size)
     strides = _pair(module.strides)
     plain = _pair(module.kernel_dilation) == _pair(module.input_dilation) == (1, 1)
     padding = module.padding

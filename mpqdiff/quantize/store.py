@@ -28,7 +28,7 @@ def save(path: Path, plan: Plan, tensors: dict[str, dict], float_params, steps: 
     shapes = {}
     for site, entry in tensors.items():
         shapes[site] = list(entry["qvalue"].shape) + ["colsum" in entry]
-        stored[f"sites/{site}/qvalue"] = pack_bits(entry["qvalue"], plan.w_bits[site])
+        stored[f"sites/{site}/qvalue"] = pack_bits(entry["qvalue"], plan.width(site))
         for name in ("scale", "bias"):
             if name in entry:
                 stored[f"sites/{site}/{name}"] = np.asarray(entry[name], np.float32)
@@ -51,7 +51,7 @@ def load(path: Path) -> tuple[Plan, dict[str, dict], Table]:
         tensors = {}
         for site, (rows, columns, has_colsum) in json.loads(metadata["shapes"]).items():
             packed = flat[f"sites/{site}/qvalue"]
-            entry = {"qvalue": unpack_bits(packed, plan.w_bits[site], (rows, columns))}
+            entry = {"qvalue": unpack_bits(packed, plan.width(site), (rows, columns))}
             if has_colsum:
                 entry["colsum"] = entry["qvalue"].sum(axis=0, dtype=np.int32)
             for name in ("scale", "bias"):

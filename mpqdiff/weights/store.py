@@ -7,6 +7,7 @@ the network. Embedded files live in `zoo/`, each with a model card of the same n
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def check(module, got: dict, where: str) -> None:
     """InputError unless `got` ({"path/of/leaf": array}) has exactly the module's leaves and
     shapes, all finite."""
     shapes = jax.eval_shape(lambda key: initialise(module, key), jax.random.key(0))
-    expected = traverse_util.flatten_dict(shapes, sep="/")
+    expected: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
     missing, extra = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     if missing or extra:
         raise InputError(f"weights {where}: missing {missing or 'none'}, unexpected "

@@ -68,7 +68,7 @@ class _Built:
         plan = replace(plan, a_bits=plan.a_bits | dict.fromkeys(left_out))
         table = activations.table(stats, self.sites, mode="step_table", a_bits=plan.a_bits)
         flags = activations.lopsided(stats, self.sites)
-        tensors = apply.quantize(denoise, params, self.sites, plan, table, flags)
+        tensors = apply.quantize(params, self.sites, plan, table, flags)
         patch = pytest.MonkeyPatch()
         patch.setitem(
             apply.BACKENDS, "kernels", lambda: (*apply_kernels_backend()[:2], matmul)

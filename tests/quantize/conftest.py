@@ -58,7 +58,7 @@ class Tiny:
         stats = self.statistics(sites)
         table = activations.table(stats, sites, mode=plan.mode, a_bits=plan.a_bits)
         flags = activations.lopsided(stats, sites)
-        return table, flags, apply.quantize(self.denoise, self.params, sites, plan, table, flags)
+        return table, flags, apply.quantize(self.params, sites, plan, table, flags)
 
     def build(self, plan: Plan, *, products=False, backend="kernels") -> apply.QuantizedModel:
         sites = self.sites(products=products)

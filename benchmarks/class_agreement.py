@@ -31,9 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     cli.prepare_jax()
     module, params, _ = weights.load(options.weights)
-    denoise = guide(
-        from_linen(module), scale=options.guidance, null_label=module.num_classes
-    )
+    denoise = guide(from_linen(module), scale=options.guidance, null_label=module.num_classes)
     shape = (module.image_size, module.image_size, module.channels)
 
     @jax.jit
@@ -59,8 +57,10 @@ def main() -> None:
     hits = logits.argmax(-1) == labels
     by_class = [float(hits[labels == label].mean()) for label in range(module.num_classes)]
     distance = fid(found, target(reference.train_mean, reference.train_cov))
-    print(f"weights {options.weights}, guidance {options.guidance}, {options.steps} steps, "
-          f"{options.images} images, seed {options.seed}")
+    print(
+        f"weights {options.weights}, guidance {options.guidance}, {options.steps} steps, "
+        f"{options.images} images, seed {options.seed}"
+    )
     print(f"agreement {hits.mean():.3f}; by class {[round(value, 2) for value in by_class]}")
     print(f"Frechet distance in {network.name}'s features {distance:.2f} (n={options.images})")
 

@@ -33,7 +33,9 @@ def interval(arm: dict, key: str, form: str) -> str:
     """value (low to high)."""
     ends = arm.get(f"{key}_ci")
     text = number(arm[key], form)
-    return f"{text} ({ends[0]:{form}} to {ends[1]:{form}})" if ends and arm[key] is not None else text
+    if not ends or arm[key] is None:
+        return text
+    return f"{text} ({ends[0]:{form}} to {ends[1]:{form}})"
 
 
 def against(arm: dict, plan: dict) -> str:

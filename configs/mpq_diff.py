@@ -39,6 +39,7 @@ def get_config(arg: str = ""):
         below = {"ratio": ratio, "w_bits": (2, 4, 8)}
         arms[f"plan248_{100 * ratio:.0f}"] = below
         arms[f"uniform248_{100 * ratio:.0f}"] = {**below, "solver": "uniform"}
-        arms[f"output248_{100 * ratio:.0f}"] = {**below, "score": "output_error", "solver": "greedy"}
+        output_error = {"score": "output_error", "solver": "greedy"}
+        arms[f"output248_{100 * ratio:.0f}"] = below | output_error
     config.arms = arms
     return smoke(config) if arg == "smoke" else config

@@ -198,7 +198,7 @@ def list_arms(experiment: Experiment) -> list[Arm]:
         if changes.get("float", False):
             arms.append(Arm(experiment, name, "float32", recipe, None))
             continue
-        system = changes["solver"] if "solver" in changes else config.system
+        system = changes.get("solver", config.system)
         if "score" in changes:
             system = f"{changes['score']}_{recipe.plan.solver}"
         arms.append(Arm(experiment, name, system, recipe, experiment.plan(recipe, system)))
@@ -235,5 +235,3 @@ def _float_at(arm: Arm) -> Arm:
     same = arm.config.copy_and_resolve_references()
     same.diffusion.num_steps = len(arm.timesteps)
     return Arm(arm.experiment, f"float_{len(arm.timesteps)}", "float32", same, None)
-
-

@@ -153,8 +153,9 @@ class Store:
 def _check(folder: Path) -> None:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise InputError(f"artifact {folder / MANIFEST}: lists no files; delete {folder} and run "
-                         "again")
+        raise InputError(
+            f"artifact {folder / MANIFEST}: lists no files; delete {folder} and run again"
+        )
     for name, expected in manifest["files"].items():
         path = folder / name
         found = digest(path.read_bytes()) if path.exists() else "missing"

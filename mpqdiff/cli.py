@@ -52,8 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in UNUSABLE:
             raise
-        print(f"mpqdiff: {error.filename or 'the workdir'}: {error.strerror}; choose another "
-              "--workdir or free some space", file=sys.stderr)
+        print(
+            f"mpqdiff: {error.filename or 'the workdir'}: {error.strerror}; choose another "
+            "--workdir or free some space",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
@@ -67,15 +70,22 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, Path | None, bool]:
     flags.DEFINE_string("workdir", None, "where artifacts and results go", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print config, sites and cost", flag_values=values)
     workdir = _workdir(arguments)
-    named = any(word.startswith(("--config=", "-config=")) or word == "--config"
-                for word in arguments)
+    named = any(
+        word.startswith(("--config=", "-config=")) or word == "--config" for word in arguments
+    )
     try:
         if named:
-            config_flags.DEFINE_config_file("config", lock_config=False, flag_values=values,
-                                            sys_argv=["mpqdiff", *arguments])
+            config_flags.DEFINE_config_file(
+                "config", lock_config=False, flag_values=values, sys_argv=["mpqdiff", *arguments]
+            )
         elif workdir and (workdir / "config.json").exists():
-            config_flags.DEFINE_config_dict("config", _stored(workdir), lock_config=True,
-                                            flag_values=values, sys_argv=["mpqdiff", *arguments])
+            config_flags.DEFINE_config_dict(
+                "config",
+                _stored(workdir),
+                lock_config=True,
+                flag_values=values,
+                sys_argv=["mpqdiff", *arguments],
+            )
         left = values(["mpqdiff", *arguments])[1:]
         config = values["config"].value if "config" in values else None
     except InputError:

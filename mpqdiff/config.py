@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from mpqdiff.errors import InputError
 
-
 Config = Any  # a ConfigDict, whose keys no type checker knows
 
 

@@ -123,7 +123,7 @@ def observe(
 
 
 def rewrite(denoise: Denoise, operations: Mapping[str, Callable]) -> Denoise:
-    """`denoise` with the call at each path of `operations` replaced by `operations[path](module, *args)`.
+    """`denoise` with the calls of `operations` replaced: path -> `operations[path](module, *args)`.
 
     The original call is not made, so its parameters need not exist. Raises InputError at trace
     time when an operation's path is never called.
@@ -148,5 +148,5 @@ def rewrite(denoise: Denoise, operations: Mapping[str, Callable]) -> Denoise:
 
 
 def scope(path: str) -> str:
-    """The name scope of a site: how the traced and the compiled program tell whose product it is."""
+    """The name scope of a site, by which traced and compiled programs tell whose product it is."""
     return f"site[{path.replace('/', '.')}]"

@@ -93,9 +93,9 @@ def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
     rows = []
     for arm in tqdm(arms, desc="evaluate"):
         own = extracted(arm, network)
-        paired = {} if arm is arms[0] else {
-            "float_x_0": base_x_0, "float_features": base["features"]
-        }
+        paired = (
+            {} if arm is arms[0] else {"float_x_0": base_x_0, "float_features": base["features"]}
+        )
         rows.append(
             evaluate(
                 images=own["images"],
@@ -124,9 +124,8 @@ def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
         "avg_w_bits": average_bits(plan, weights) if plan else 32.0,
         "bytes": arm.passed_bytes,
         "file_bytes": arm.file_bytes,
-        "compression": sum(
-            leaf.size * 4 for leaf in jax.tree.leaves(experiment.params)
-        ) / arm.file_bytes,
+        "compression": sum(leaf.size * 4 for leaf in jax.tree.leaves(experiment.params))
+        / arm.file_bytes,
         "bitops": bitops(
             experiment.all_sites,
             experiment.remainder,
@@ -242,8 +241,7 @@ def write_report(experiment, arms, results, clock: Clock, command: str) -> None:
         matrix=matrix,
         site_paths=paths,
         images={
-            arm.name: pictures.to_uint8(arm.samples[1][: config.report.num_images])
-            for arm in arms
+            arm.name: pictures.to_uint8(arm.samples[1][: config.report.num_images]) for arm in arms
         },
         environment=environment(),
         command=command,
@@ -271,7 +269,7 @@ def site_row(site, planned: list[str], time_only) -> dict:
         "parameters": site.parameters,
         "macs": site.macs,
         "pinned": site.pin,
-        "time_only": bool(time_only[index]) if index is not None and time_only is not None else None,
+        "time_only": None if index is None or time_only is None else bool(time_only[index]),
         "reason": reason,
     }
 

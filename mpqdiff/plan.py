@@ -128,8 +128,17 @@ def from_json(body: Any, where: str = "plan") -> Plan:
             timesteps=tuple(int(t) for t in body["timesteps"]),
             **{
                 name: body[name]
-                for name in ("system", "base_method", "tokens", "budgets", "predicted",
-                             "objective", "bound", "gap", "provenance")
+                for name in (
+                    "system",
+                    "base_method",
+                    "tokens",
+                    "budgets",
+                    "predicted",
+                    "objective",
+                    "bound",
+                    "gap",
+                    "provenance",
+                )
             },
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -21,9 +21,8 @@ from mpqdiff.errors import InputError
 from mpqdiff.records import Statistics
 from mpqdiff.sites import Site
 
-
-# Features centred and multiplied at once. The centred copy of a slice stays in cache, and the memory
-# it takes does not depend on the width of the activation.
+# Features centred and multiplied at once. The centred copy of a slice stays in cache, and the
+# memory it takes does not depend on the width of the activation.
 SLICE = 2048
 
 
@@ -33,7 +32,7 @@ def centred_gram(x):
     Centring features rather than the Gram keeps float32 exact when the mean is large.
     """
     x = x.reshape(x.shape[0], -1)
-    samples, features = x.shape
+    features = x.shape[1]
     whole = features // SLICE
 
     def add(index, sums):

@@ -43,8 +43,10 @@ def problem(
     columns = [widths.index(w) for w in choices]
     table[:, columns] = np.asarray(value, np.float64)
     resources = [
-        [[RESOURCES[name](site, w, flag) for w in widths]
-         for site, flag in zip(sites, asymmetric, strict=True)]
+        [
+            [RESOURCES[name](site, w, flag) for w in widths]
+            for site, flag in zip(sites, asymmetric, strict=True)
+        ]
         for name in names
     ]
     ties = {tie: index for index, tie in enumerate(dict.fromkeys(site.tie for site in sites))}

@@ -1,6 +1,6 @@
 """Forward process and the conversions between eps and x_0 (Ho et al. 2020, eqs. 4 and 15).
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 """
 
 import jax.numpy as jnp

@@ -181,7 +181,7 @@ def _manifold_numbers(features, train_features) -> dict[str, Any]:
 
 
 def _paired_numbers(x_0, float_x_0) -> dict[str, Any]:
-    numbers: dict[str, Any] = {key: None for key in PAIRED}
+    numbers: dict[str, Any] = dict.fromkeys(PAIRED)
     if float_x_0 is None or float_x_0 is x_0:
         return numbers
     error = intervals.mean_interval(paired.x0_errors(x_0, float_x_0))

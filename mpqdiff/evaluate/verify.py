@@ -83,9 +83,7 @@ def read(compiled, *, images: Sequence[tuple[int, ...]]) -> Execution:
         elif shape:
             carry[kind] = carry.get(kind, 0) + _bytes(kind, shape)
     memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    )
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Execution(products, carry, int(peak))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 class Product(nn.Module):
-    """`einsum(equation, lhs, rhs)`: no parameters, but a site that can be observed and rewritten."""
+    """`einsum(equation, lhs, rhs)`: no parameters, yet a site to observe and rewrite."""
 
     equation: str
 

@@ -234,9 +234,11 @@ def _patches(module: nn.Conv, x):
     if not isinstance(padding, str):
         sides = [padding] * 2 if isinstance(padding, int) else list(padding)
         padding = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
-    pads = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding) if isinstance(
-        padding, str
-    ) else padding
+    pads = (
+        jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
+        if isinstance(padding, str)
+        else padding
+    )
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows = (x.shape[1] - size[0]) // strides[0] + 1
     columns = (x.shape[2] - size[1]) // strides[1] + 1

@@ -46,7 +46,7 @@ def load(path: Path) -> tuple[Plan, dict[str, dict], Table]:
     try:
         with safe_open(path, framework="numpy") as stored:
             metadata = stored.metadata() or {}
-            flat = {name: stored.get_tensor(name) for name in stored.keys()}
+            flat = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
         plan = plans.from_json(json.loads(metadata["plan"]), str(path))
         tensors = {}
         for site, (rows, columns, has_colsum) in json.loads(metadata["shapes"]).items():

@@ -55,12 +55,13 @@ def load(source: str):
     try:
         with safe_open(path, framework="numpy") as stored:
             metadata = stored.metadata() or {}
-            flat = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}
+            flat = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise InputError(f"weights {path}: cut short or damaged ({error})") from error
     if "model" not in metadata:
-        raise InputError(f"weights {path}: the file's metadata names no model; save it with "
-                         "mpqdiff.weights.save")
+        raise InputError(
+            f"weights {path}: the file's metadata names no model; save it with mpqdiff.weights.save"
+        )
     try:
         model = json.loads(metadata["model"])
         name, kwargs = model["name"], dict(model["kwargs"])
@@ -89,11 +90,14 @@ def check(module, got: dict, where: str) -> None:
     expected: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
     missing, extra = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     if missing or extra:
-        raise InputError(f"weights {where}: missing {missing or 'none'}, unexpected "
-                         f"{extra or 'none'}")
+        raise InputError(
+            f"weights {where}: missing {missing or 'none'}, unexpected {extra or 'none'}"
+        )
     for name, leaf in got.items():
         if leaf.shape != expected[name].shape:
-            raise InputError(f"weights {where}: {name} has shape {leaf.shape}, the model needs "
-                             f"{expected[name].shape}")
+            raise InputError(
+                f"weights {where}: {name} has shape {leaf.shape}, the model needs "
+                f"{expected[name].shape}"
+            )
         if not np.isfinite(leaf).all():
             raise InputError(f"weights {where}: {name} holds NaN or infinity")

@@ -62,7 +62,7 @@ def _config(folder: Path, weights_path, line="pass") -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def refused(good, tmp_path, capsys):
     """`refused(*arguments)`: the message of a command that exits with 2; `--workdir` is new."""
 

@@ -35,8 +35,15 @@ setup(
         "etils>=1.9",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "scipy>=1.13", "nbclient>=0.10",
-                 "ipykernel>=6.29", "ruff>=0.9", "pyright>=1.1.390"],
+        "test": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "scipy>=1.13",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+            "ruff>=0.9",
+            "pyright>=1.1.390",
+        ],
         "parity": ["torch", "diffusers"],  # agreement tests only; they skip where it is absent
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],

@@ -10,7 +10,22 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Public name -> (module, attribute). A module of the same name comes whole.
+# The stages are modules of the same name: `mpqdiff.record.record`, `mpqdiff.solve.solve`, ...
+_STAGES = (
+    "models",
+    "sites",
+    "record",
+    "sensitivity",
+    "aggregate",
+    "costs",
+    "solve",
+    "plan",
+    "quantize",
+    "evaluate",
+    "report",
+)
+
+# Other public names -> (module, attribute).
 _NAMES = {
     "InputError": ("mpqdiff.errors", "InputError"),
     "Prediction": ("mpqdiff.denoiser", "Prediction"),
@@ -20,26 +35,23 @@ _NAMES = {
     "pin": ("mpqdiff.sites", "pin"),
     "observe": ("mpqdiff.intercept", "observe"),
     "rewrite": ("mpqdiff.intercept", "rewrite"),
-    "record": ("mpqdiff.record", "record"),
     "SCORES": ("mpqdiff.sensitivity", "SCORES"),
-    "aggregate": ("mpqdiff.aggregate", "aggregate"),
-    "problem": ("mpqdiff.costs", "problem"),
     "SOLVERS": ("mpqdiff.solve", "SOLVERS"),
-    "solve": ("mpqdiff.solve", "solve"),
     "Plan": ("mpqdiff.plan", "Plan"),
-    "quantize": ("mpqdiff.quantize.apply", "quantize"),
+    "quantize_sites": ("mpqdiff.quantize.apply", "quantize"),
     "build": ("mpqdiff.quantize.apply", "build"),
-    "evaluate": ("mpqdiff.evaluate", "evaluate"),
     "Experiment": ("mpqdiff.pipeline", "Experiment"),
 }
 
-__all__ = ["__version__", *_NAMES]
+__all__ = ["__version__", *_STAGES, *_NAMES]
 
 
 def __getattr__(name: str):
     if name in _NAMES:
         module, attribute = _NAMES[name]
         return getattr(importlib.import_module(module), attribute)
+    if name in _STAGES:
+        return importlib.import_module(f"mpqdiff.{name}")
     raise AttributeError(f"module 'mpqdiff' has no attribute {name!r}")
 
 

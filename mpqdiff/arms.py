@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mpqdiff.artifacts import chunked
 from mpqdiff.config import for_arm
-from mpqdiff.diffusion.samplers import check_timesteps, initial_noise
+from mpqdiff.diffusion.samplers import check_timesteps
 from mpqdiff.errors import InputError, VerificationError
 from mpqdiff.evaluate import verify
 from mpqdiff.pipeline import VERSIONS, Experiment
@@ -70,7 +70,7 @@ class Arm:
                 experiment.sites,
                 plan,
                 steps,
-                experiment.asymmetric,
+                experiment.asymmetric(self.config),
                 clip=self.config.quantize.clip,
             )
             left = float_leaves(experiment.params, plan.integer(experiment.sites))
@@ -120,8 +120,9 @@ class Arm:
         run = self.experiment.sampler(denoise, self.timesteps)
         x_T = jax.ShapeDtypeStruct((self.batch, *self.experiment.image_shape), jnp.float32)
         labels = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
+        keys = jax.eval_shape(lambda: self.inputs(0)[2])
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-        return jax.jit(run).lower(shapes, x_T, labels).compile()
+        return jax.jit(run).lower(shapes, x_T, labels, keys).compile()
 
     @cached_property
     def execution(self) -> verify.Execution:
@@ -133,10 +134,15 @@ class Arm:
         """VerificationError, naming each site, unless the program does what the plan says."""
         if self.plan is None:
             return
-        promised = int(self.plan.predicted["bytes"])
+        promised = int(self.plan.predicted.get("bytes", -1))
         if self.backend != "kernels":  # AQT's containers are larger: its bytes are its own
             promised = self.passed_bytes
         sites = self.plan.integer(self.experiment.sites)
+        if self.file_bytes > self.plan.predicted.get("file_bytes", 0):
+            raise VerificationError(
+                f"arm {self.name!r}: the file has {self.file_bytes} bytes, the plan promises at "
+                f"most {self.plan.predicted.get('file_bytes')}"
+            )
         complaints = verify.check(
             self.execution,
             sites,
@@ -149,15 +155,12 @@ class Arm:
 
     def run_batch(self, index: int):
         """x_0 of batch `index`, on the device."""
-        noise, labels = self._inputs(index)
-        return self.compiled(self.model[0], noise, labels)
+        return self.compiled(self.model[0], *self.inputs(index))
 
-    def _inputs(self, index: int):
+    def inputs(self, index: int):
+        """(x_T, labels, step keys) of batch `index`."""
         start = index * self.batch
-        noise = initial_noise(
-            self.config.sample.seed, start, self.batch, self.experiment.image_shape
-        )
-        return noise, jnp.asarray(self.experiment.labels(start, self.batch))
+        return self.experiment.inputs(self.config.sample.seed, start, self.batch)
 
     @cached_property
     def samples(self) -> tuple[str, np.ndarray]:
@@ -187,7 +190,7 @@ class Arm:
 
 
 def list_arms(experiment: Experiment) -> list[Arm]:
-    """Float, the plan, then the config's arms in order; plans are solved here."""
+    """Float, the plan, then the config's arms by name; plans are solved here."""
     config = experiment.config
     arms = [
         Arm(experiment, "float", "float32", config, None),
@@ -217,12 +220,11 @@ def time_arms(arms: list[Arm], rounds: int) -> list[dict[str, list[float]]]:
             references[len(arm.timesteps)] = _float_at(arm)
     runners = {id(arm): arm for arm in [*arms, *references.values()]}
     taken: dict[int, list[float]] = {key: [] for key in runners}
-    inputs = {key: arm._inputs(0) for key, arm in runners.items()}
+    inputs = {key: arm.inputs(0) for key, arm in runners.items()}
     for count in tqdm(range(rounds + 1), desc="time"):
         for key, arm in runners.items():
-            noise, labels = inputs[key]
             start = time.perf_counter()
-            arm.compiled(arm.model[0], noise, labels).block_until_ready()
+            arm.compiled(arm.model[0], *inputs[key]).block_until_ready()
             if count:
                 taken[key].append(1e3 * (time.perf_counter() - start) / arm.batch)
     return [

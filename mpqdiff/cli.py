@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         config, workdir, dry_run = parse(verb, rest)
         prepare_jax()
-        act = _dry_run if dry_run else VERBS[verb]
+        act = _dry_run if dry_run and config is not None else VERBS[verb]
         act(config, workdir, "mpqdiff " + " ".join(argv))
     except InputError as error:
         print(f"mpqdiff: {error}", file=sys.stderr)
@@ -131,9 +131,16 @@ def _workdir(arguments: list[str]) -> Path | None:
 def _stored(workdir: Path) -> ConfigDict:
     from mpqdiff.artifacts import read_json
 
-    stored = ConfigDict(read_json(workdir / "config.json"))
+    stored = ConfigDict(_tuples(read_json(workdir / "config.json")))
     validate(stored)
     return stored
+
+
+def _tuples(value):
+    """JSON's lists as the tuples they were: flags can override only those."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def prepare_jax() -> None:

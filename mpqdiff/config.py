@@ -58,7 +58,8 @@ def base() -> Config:
         dict(
             name="orthogonality",
             estimator="centered",  # centered, uncentered, debiased
-            temporal_policy="pooled",  # how sites fed by (t, label) alone are scored
+            include_pinned=False,  # do pinned sites count in the other sites' means
+            temporal_policy="pooled",  # sites fed by (t, label) alone: pooled, or pin (at 8 bit)
         )
     )
     config.aggregate = ConfigDict(
@@ -91,14 +92,20 @@ def base() -> Config:
     config.sample = ConfigDict(dict(num_images=256, batch=64, seed=1234))
     config.evaluate = ConfigDict(
         dict(
-            features="fashion_classifier",
+            features="fashion_classifier",  # "": paired metrics only, which need no network
             reference="fashion_reference",
             ceiling_steps=2,  # the float model whose FID is damage 1
             timing_rounds=5,  # every arm once per round, in turn
         )
     )
     # Further arms, each a name and the keys in which it differs from the plan above (ARM_KEYS).
-    config.arms = ConfigDict()
+    config.arms = ConfigDict(
+        {  # the controls, at the plan's budget
+            "uniform": {"solver": "uniform"},
+            "random_0": {"solver": "random", "seed": 0},
+            "size_only": {"solver": "size_only"},
+        }
+    )
     config.report = ConfigDict(dict(num_images=8))
     config.train = ConfigDict(
         dict(
@@ -125,6 +132,7 @@ ARM_KEYS = {
     "aggregate": "aggregate.name",
     "solver": "plan.solver",
     "w_bits": "plan.w_bits",
+    "budget": "plan.budget",
     "ratio": "plan.ratio",
     "ratio_bits": "plan.ratio_bits",
     "backend": "quantize.backend",
@@ -161,7 +169,14 @@ def validate(config: Config) -> None:
         raise InputError(f"config.plan.budget={config.plan.budget}: expected bytes, or 0 for ratio")
     if config.calibration.samples < 4:
         raise InputError(f"config.calibration.samples={config.calibration.samples}: at least 4")
+    if min(config.seed, config.sample.seed) < 0 or config.seed == config.sample.seed:
+        raise InputError(
+            f"config.seed={config.seed}, config.sample.seed={config.sample.seed}: expected two "
+            "different non-negative numbers, or the plan is calibrated on the noise it is judged by"
+        )
     for name, changes in config.arms.items():
+        if name in ("float", "plan", "ceiling"):
+            raise InputError(f"config.arms.{name}: the name is taken; choose another")
         if not isinstance(changes, ConfigDict):
             raise InputError(f"config.arms.{name}={changes!r}: expected a group of keys")
         for key in changes:
@@ -228,6 +243,8 @@ def for_arm(config: Config, changes) -> Config:
             continue
         group, _, leaf = ARM_KEYS[key].rpartition(".")
         (copy[group] if group else copy)[leaf] = value
+    if {"ratio", "ratio_bits"} & set(changes) and "budget" not in changes:
+        copy.plan.budget = 0.0  # the arm names its own budget
     return copy
 
 

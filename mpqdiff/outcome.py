@@ -15,7 +15,7 @@ from mpqdiff import report
 from mpqdiff.arms import Arm, list_arms, time_arms
 from mpqdiff.artifacts import digest, load_arrays, read_json, save_arrays, write_json
 from mpqdiff.costs.bitops import bitops
-from mpqdiff.evaluate import evaluate, features
+from mpqdiff.evaluate import evaluate, features, paired_numbers
 from mpqdiff.evaluate.protocol import protocol
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan, average_bits
@@ -74,6 +74,8 @@ def extracted(arm: Arm, network) -> dict:
 def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
     """(one row of metrics per arm, the protocol). Arm 0 is float, with which all are paired."""
     experiment, config = arms[0].experiment, arms[0].config
+    if not config.evaluate.features:
+        return [paired_metrics(arm, arms[0]) for arm in arms], {}
     network = features.load(config.evaluate.features)
     reference = features.load_reference(config.evaluate.reference, network=network)
     described = protocol(
@@ -84,6 +86,9 @@ def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
         n_images=config.sample.num_images,
         seeds=[config.sample.seed],
         guidance=config.diffusion.guidance_scale,
+        sampler=f"{config.diffusion.sampler}, eta {config.diffusion.eta:g}, clip "
+        f"{config.diffusion.clip}",
+        ceiling_steps=config.evaluate.ceiling_steps,
         image_size=experiment.image_shape,
     )
     low = config.copy_and_resolve_references()
@@ -111,17 +116,21 @@ def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
     return rows, described
 
 
+def paired_metrics(arm: Arm, base: Arm) -> dict:
+    """The metrics that need no feature network: against float on the same seeds."""
+    return {} if arm is base else paired_numbers(arm.samples[1], base.samples[1])
+
+
 def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
     """The part of an arm's row that is counted or measured."""
     experiment = arm.experiment
     own = np.array(times["own"])
     quartiles = np.percentile(own, [25, 75])
     plan = arm.plan
-    weights = experiment.sites
     return {
         "arm": arm.name,
         "system": arm.system,
-        "avg_w_bits": average_bits(plan, weights) if plan else 32.0,
+        "avg_w_bits": average_bits(plan, experiment.all_sites) if plan else 32.0,
         "bytes": arm.passed_bytes,
         "file_bytes": arm.file_bytes,
         "compression": sum(leaf.size * 4 for leaf in jax.tree.leaves(experiment.params))
@@ -131,7 +140,7 @@ def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
             experiment.remainder,
             plan.w_bits if plan else {},
             plan.a_bits if plan else {},
-            len(arm.timesteps),
+            len(arm.timesteps) * experiment.halves,
         ),
         "steps": len(arm.timesteps),
         "ms_per_image": {
@@ -166,7 +175,7 @@ def run(experiment: Experiment, *, command: str) -> dict:
         _ = arm.samples
     save_samples(arms, workdir / "samples", config.report.num_images)
     clock.lap("sample")
-    times = time_arms(arms, config.evaluate.timing_rounds)
+    times = timed(arms)
     clock.lap("time")
     rows, described = metrics(arms) if config.publish else ([{}] * len(arms), {})
     clock.lap("evaluate")
@@ -208,6 +217,22 @@ def stages(experiment: Experiment, clock: Clock) -> list[Arm]:
     arms = list_arms(experiment)
     clock.lap("score, solve and plan")
     return arms
+
+
+def timed(arms: list[Arm]) -> list[dict]:
+    """`time_arms`, measured once per machine, versions and arms: a report does not change them."""
+    experiment, rounds = arms[0].experiment, arms[0].config.evaluate.timing_rounds
+
+    def compute(folder):
+        write_json(folder / "times.json", time_arms(arms, rounds))
+
+    key = {
+        "arms": [arm.samples[0] for arm in arms],
+        "rounds": rounds,
+        "environment": environment() | {"host": platform.node()},
+    }
+    folder = experiment.store.get("time", version=1, key=key, compute=compute)
+    return read_json(folder / "times.json")
 
 
 def save_samples(arms: list[Arm], folder: Path, count: int) -> None:
@@ -364,13 +389,15 @@ def verify_only(experiment: Experiment) -> str:
     arm = planned_arm(experiment)
     results = experiment.store.workdir / "results.json"
     recorded = None
-    if results.exists():
+    manifest = experiment.store.workdir / "manifest.json"
+    if results.exists() and read_json(manifest)["plans"].get("plan") == planned(arm).hash:
         rows = {row["arm"]: row for row in read_json(results)["arms"]}
         recorded = rows["plan"]["resident_bytes"]
     arm.verify(recorded)
     products = sum(len(found) for found in arm.execution.products.values())
     return (
         f"verified: {len(arm.execution.products)} sites run {products} integer products, "
-        f"{arm.passed_bytes:,} bytes passed as planned, {arm.execution.resident_bytes:,} resident "
+        f"{arm.passed_bytes:,} bytes passed as planned, {arm.file_bytes:,} in the file, "
+        f"{arm.execution.resident_bytes:,} resident "
         f"{arm.execution.carry}"
     )

@@ -7,6 +7,7 @@ A system is the recipe in the config; an arm is a recipe that differs from it in
 (`config.for_arm`). `arms.py` turns recipes into models and samples; `outcome.py` writes files.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,25 +19,27 @@ from flax import traverse_util
 from mpqdiff import aggregate, models, record, sensitivity, solve, weights
 from mpqdiff import plan as plans
 from mpqdiff import sites as site_list
-from mpqdiff.artifacts import Store, chunked, load_arrays, save_arrays, tree_digest
+from mpqdiff.artifacts import Store, chunked, digest, load_arrays, save_arrays, tree_digest
 from mpqdiff.config import Config, for_arm
 from mpqdiff.costs import RESOURCES, check_choices, problem
 from mpqdiff.costs.bytes import total
 from mpqdiff.denoiser import Denoise, from_linen
 from mpqdiff.diffusion.guidance import guide
-from mpqdiff.diffusion.samplers import SAMPLERS, initial_noise, uniform_timesteps
+from mpqdiff.diffusion.samplers import SAMPLERS, initial_noise, step_keys, uniform_timesteps
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
+from mpqdiff.evaluate import features
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import activations
-from mpqdiff.quantize.apply import BACKENDS, dequantized, fixed_cost
+from mpqdiff.quantize.apply import BACKENDS, dequantized, fixed_cost, float_leaves
 from mpqdiff.quantize.numerics import CLIPS, check_bits
+from mpqdiff.quantize.store import header_bytes
 from mpqdiff.records import Scores, Statistics
 from mpqdiff.sensitivity import orthogonality
 from mpqdiff.sites import Site
 
 # Bumped when a stage's results change.
-VERSIONS = {"calibrate": 1, "record": 1, "score": 1, "plan": 2, "sample": 1, "features": 1}
+VERSIONS = {"calibrate": 1, "record": 1, "score": 2, "plan": 3, "sample": 1, "features": 1}
 
 
 class Experiment:
@@ -52,7 +55,7 @@ class Experiment:
             check_names(arm)
         self.store = Store(workdir)
         self.module, self.params, self.model = load_model(config)
-        self.model_hash = tree_digest(self.params)
+        self.model_hash = digest(tree_digest(self.params), self.model)
         self.denoise: Denoise = from_linen(self.module)
         self.image_shape = (self.module.image_size,) * 2 + (self.module.channels,)
         found, self.remainder = site_list.list_sites(
@@ -60,6 +63,7 @@ class Experiment:
         )
         self.all_sites = site_list.pin(found, config.plan.pins)
         self.sites = site_list.planned(self.all_sites, products=config.quantize.products)
+        check_features(config, self.image_shape)
         self.abar = alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
         self.timesteps = self.steps(config.diffusion.num_steps)
 
@@ -71,12 +75,26 @@ class Experiment:
         """Class labels of images start..: every class in turn."""
         return np.arange(start, start + count, dtype=np.int32) % self.module.num_classes
 
+    def inputs(self, seed: int, start: int, count: int):
+        """(x_T, labels, step keys or None) of images start..start+count-1."""
+        noise = initial_noise(seed, start, count, self.image_shape)
+        keys = step_keys(seed, start, count) if self.config.diffusion.eta else None
+        return noise, jnp.asarray(self.labels(start, count)), keys
+
+    @property
+    def halves(self) -> int:
+        """Denoiser evaluations per image and step: 2 under guidance."""
+        return 1 if self.config.diffusion.guidance_scale == 1.0 else 2
+
     def sampler(self, denoise: Denoise, timesteps: np.ndarray, *, trajectory: bool = False):
-        """`(params, x_T, labels) -> x_0`, guided, over `timesteps`: the function that is timed."""
+        """`(params, x_T, labels, keys) -> x_0`, guided, over `timesteps`: what is timed.
+
+        `keys` [B] draw the noise of the steps; without eta they are None.
+        """
         d = self.config.diffusion
         guided = guide(denoise, scale=d.guidance_scale, null_label=self.module.num_classes)
 
-        def run(params, x_T, labels):
+        def run(params, x_T, labels, keys=None):
             return SAMPLERS[d.sampler](
                 guided,
                 params,
@@ -84,7 +102,7 @@ class Experiment:
                 labels,
                 timesteps=timesteps,
                 alphas_cumprod=self.abar,
-                key=jax.random.key(self.config.sample.seed),
+                keys=keys,
                 eta=d.eta,
                 clip=d.clip,
                 trajectory=trajectory,
@@ -107,8 +125,7 @@ class Experiment:
         run = jax.jit(self.sampler(self.denoise, self.timesteps, trajectory=True))
 
         def chunk(index):
-            noise = initial_noise(self.config.seed, index * batch, batch, self.image_shape)
-            _, x_ts = run(self.params, noise, self.labels(index * batch, batch))
+            _, x_ts = run(self.params, *self.inputs(self.config.seed, index * batch, batch))
             return {"x_ts": np.asarray(x_ts)[chosen]}
 
         def compute(folder):
@@ -151,6 +168,9 @@ class Experiment:
         calibration, data = self.calibration
         w_bits = self.widths if self.needs("output_error") else ()
         clip = self.config.quantize.clip
+        labels = data["labels"]
+        if self.halves == 2:  # under guidance the null label is evaluated as often
+            labels = np.where(np.arange(len(labels)) % 2, self.module.num_classes, labels)
 
         def compute(folder):
             stats = record.record(
@@ -158,7 +178,7 @@ class Experiment:
                 self.params,
                 data["x_ts"],
                 data["timesteps"],
-                data["labels"],
+                labels.astype(np.int32),
                 self.sites,
                 memory_gb=self.config.calibration.memory_gb,
                 w_bits=w_bits,
@@ -175,13 +195,18 @@ class Experiment:
             "memory_gb": self.config.calibration.memory_gb,
         }
         folder = self.store.get("record", version=VERSIONS["record"], key=key, compute=compute)
-        arrays = load_arrays(folder / "statistics.npz")
-        return folder, Statistics(**arrays)
+        stats = Statistics(**load_arrays(folder / "statistics.npz"))
+        if self.config.score.temporal_policy == "pin":  # in every arm, as all pins are
+            self.sites = [
+                replace(site, pin=site.pin or 8) if fixed else site
+                for site, fixed in zip(self.sites, np.asarray(stats.time_only), strict=True)
+            ]
+        return folder, stats
 
     def kernels(self) -> list:
-        """The float kernels of the planned sites, in order; a product has none (size 0)."""
+        """The float kernels of the planned sites, in order; a product's is a single zero."""
         flat = traverse_util.flatten_dict(self.params, sep="/")
-        empty = jnp.zeros((0, 1))
+        empty = jnp.zeros((1, 1))
         return [
             flat.get(f"{site_list.module_path(site.path)}/kernel", empty) for site in self.sites
         ]
@@ -193,6 +218,8 @@ class Experiment:
         arguments = {}
         if name == "orthogonality":
             arguments = {k: config.score[k] for k in ("estimator", "temporal_policy")}
+            if not config.score.include_pinned:
+                arguments["member"] = [site.pin is None for site in self.sites]
         elif name == "weight_error":
             arguments = {"w_bits": list(self.widths), "clip": config.quantize.clip}
         elif name == "random":
@@ -221,6 +248,7 @@ class Experiment:
         folder = self.store.get("score", version=VERSIONS["score"], key=key, compute=compute)
         arrays = load_arrays(folder / "scores.npz")
         kind = (folder / "kind.txt").read_text()
+        self.score_name = folder.name
         return Scores(arrays["value"], kind=kind, name=name, matrix=arrays.get("matrix"))
 
     def table(self, config: Config, a_bits: dict | None = None) -> activations.Table:
@@ -235,21 +263,25 @@ class Experiment:
             a_bits=a_bits,
         )
 
-    @cached_property
-    def asymmetric(self) -> list[bool]:
-        """[L]: which sites read an activation with a zero point."""
+    def asymmetric(self, config: Config) -> list[bool]:
+        """[L]: which sites read an activation with a zero point; none where scales are online."""
+        if config.quantize.mode == "online":
+            return [False] * len(self.sites)
         return activations.lopsided(self.statistics[1], self.sites)
 
     def fixed(self, config: Config) -> dict[str, float]:
         """Bytes no choice changes, by resource."""
-        rows = len(self.table(config).timesteps)
-        return fixed_cost(self.params, self.sites, rows=rows)
+        table = self.table(config)
+        fixed = fixed_cost(self.params, self.sites, rows=len(table.timesteps))
+        left = float_leaves(self.params, self.sites)
+        fixed["file_bytes"] += header_bytes(self._draft(config), self.sites, left)
+        return fixed
 
     def predict(self, w_bits: dict, config: Config) -> dict[str, float]:
-        """Bytes on the device and in the file (payload) of the widths `w_bits`."""
+        """Bytes on the device, and at most in the file, of the widths `w_bits`."""
         fixed = self.fixed(config)
         return {
-            name: total(self.sites, w_bits, self.asymmetric, fixed[name], resource)
+            name: total(self.sites, w_bits, self.asymmetric(config), fixed[name], resource)
             for name, resource in RESOURCES.items()
         }
 
@@ -267,7 +299,7 @@ class Experiment:
         scores = self.scores(config)
         key = {
             "record": self.statistics[0].name,
-            "score": config.score.to_dict(),
+            "score": self.score_name,
             "aggregate": config.aggregate.to_dict(),
             "plan": p.to_dict(),
             "mode": config.quantize.mode,
@@ -285,7 +317,6 @@ class Experiment:
 
     def _solve(self, config: Config, system: str, scores: Scores) -> Plan:
         p = config.plan
-        mode, timesteps = config.quantize.mode, self.steps(config.diffusion.num_steps)
         choices = check_choices(p.w_bits)
         value = aggregate.aggregate(
             scores,
@@ -307,7 +338,7 @@ class Experiment:
             a_bits=p.a_bits,
             budgets={p.resource: budget},
             fixed=self.fixed(config),
-            asymmetric=self.asymmetric,
+            asymmetric=self.asymmetric(config),
         )
         low, high = solve.budget_range(knapsack)
         if p.budget and budget > high:
@@ -318,20 +349,15 @@ class Experiment:
         arguments = {"key": jax.random.key(config.seed)} if p.solver == "random" else {}
         answer = solve.solve(knapsack, p.solver, **arguments)
         bits = [int(knapsack.w_bits[k]) for k in np.asarray(answer.choice)]
-        w_bits = dict(zip((site.path for site in self.sites), bits, strict=True))
-        return Plan(
-            model={"hash": self.model_hash, "name": self.model["name"]},
-            w_bits={
-                site.path: w_bits.get(site.path) if site.parameters else None
-                for site in self.all_sites
-            },
-            a_bits={site.path: self._a_bits(site, p.a_bits) for site in self.all_sites},
-            mode=mode,
-            groups=activations.groups(self.statistics[1].timesteps, timesteps, mode),
-            timesteps=tuple(int(t) for t in timesteps),
+        pairs = zip(self.sites, bits, strict=True)
+        w_bits = {site.path: width for site, width in pairs if site.parameters}
+        draft = self._draft(config)
+        return replace(
+            draft,
+            w_bits={path: w_bits.get(path) for path in draft.w_bits},
             system=system,
             budgets={p.resource: budget},
-            predicted={k: float(v) for k, v in self.predict(w_bits, config).items()},
+            predicted=self.predict(w_bits, config),
             objective=float(answer.objective),
             bound=float(answer.bound),
             gap=float(answer.gap),
@@ -346,6 +372,20 @@ class Experiment:
             },
         )
 
+    def _draft(self, config: Config) -> Plan:
+        """The plan of the recipe but for its widths, which are all 8, and what led to them."""
+        mode, timesteps = config.quantize.mode, self.steps(config.diffusion.num_steps)
+        decided = {site.path for site in self.sites if site.parameters}
+        return Plan(
+            model={"hash": self.model_hash, "name": self.model["name"]},
+            w_bits={site.path: 8 if site.path in decided else None for site in self.all_sites},
+            a_bits={site.path: self._a_bits(site, config.plan.a_bits) for site in self.all_sites},
+            mode=mode,
+            groups=activations.groups(self.statistics[1].timesteps, timesteps, mode),
+            timesteps=tuple(int(t) for t in timesteps),
+            system="",
+        )
+
     def _a_bits(self, site: Site, bits: int):
         decided = any(site.path == other.path for other in self.sites)
         if site.kind == "product":
@@ -357,6 +397,19 @@ class Experiment:
 def recipes(config: Config) -> list[Config]:
     """The config itself, then that of each of its arms."""
     return [config, *(for_arm(config, changes) for changes in config.arms.values())]
+
+
+def check_features(config: Config, image_shape: tuple[int, ...]) -> None:
+    """InputError when the feature network or its reference does not fit, before any work."""
+    if not (config.publish and config.evaluate.features):
+        return
+    network = features.load(config.evaluate.features)
+    features.load_reference(config.evaluate.reference, network=network)
+    if tuple(network.image_shape) != tuple(image_shape):
+        raise InputError(
+            f"{network.name} takes images {network.image_shape}, the model makes {image_shape}: "
+            "set config.evaluate.features='' for paired metrics, which need no network"
+        )
 
 
 def check_names(config: Config) -> None:

@@ -1,12 +1,13 @@
 """`mpqdiff train`: the config's model on the config's data, to a weights file with its card."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import jax
 
 from mpqdiff import data, models, weights
-from mpqdiff.artifacts import write_atomically, write_json
+from mpqdiff.artifacts import read_json, write_atomically, write_json
 from mpqdiff.denoiser import from_linen
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
@@ -23,8 +24,8 @@ def run(config, workdir: Path, *, command: str) -> str:
     module = models.build(config.model.name, **kwargs)
     images, labels = data.load(
         config.data.name,
-        directory=config.data.dir or None,
-        cache=config.data.cache,
+        directory=Path(config.data.dir).expanduser() if config.data.dir else None,
+        cache=Path(config.data.cache).expanduser() if config.data.cache else None,
         split="train",
     )
     shape = (module.image_size, module.image_size, module.channels)
@@ -33,6 +34,11 @@ def run(config, workdir: Path, *, command: str) -> str:
             f"data {config.data.name!r} has images {images.shape[1:]} and "
             f"{int(labels.max()) + 1} classes; the model takes {shape} and {module.num_classes}"
         )
+    recipe = {name: config[name].to_dict() for name in ("train", "data", "model", "diffusion")} | {
+        "seed": config.seed
+    }
+    del recipe["data"]["dir"], recipe["data"]["cache"]
+    check_recipe(workdir / "recipe.json", recipe)
     write_json(workdir / "config.json", config.to_dict())
     # A key apart from the one that draws noise: training folds steps into key(seed).
     params = weights.initialise(module, jax.random.key(config.seed + 1))
@@ -62,3 +68,21 @@ parameters, {int(state.step)} steps of {config.train.batch} ({config.train.epoch
 """
     write_atomically(workdir / "weights.md", card.encode())
     return f"written: {path} ({path.stat().st_size:,} bytes) and its card weights.md"
+
+
+def check_recipe(path: Path, recipe: dict) -> None:
+    """InputError when the checkpoints beside `path` come from another recipe; else record this one.
+
+    Going on under another seed, rate or data set would give weights that no command repeats.
+    """
+    recipe = json.loads(json.dumps(recipe))
+    if not path.exists():
+        write_json(path, recipe)
+        return
+    found = read_json(path)
+    different = sorted(key for key in recipe if recipe[key] != found.get(key))
+    if different:
+        raise InputError(
+            f"{path.parent} holds a training of another recipe (other {', '.join(different)}): "
+            "choose another --workdir, or delete it to start afresh"
+        )

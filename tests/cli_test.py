@@ -202,8 +202,9 @@ def test_a_dry_run_prints_config_sites_and_cost_and_writes_nothing(good, tmp_pat
     assert "needs --config=FILE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("budget", "words"), [(10.0, "below the minimum"),
-                                               (1e9, "above the maximum")])
+@pytest.mark.parametrize(
+    ("budget", "words"), [(10.0, "below the minimum"), (1e9, "above the maximum")]
+)
 def test_an_impossible_budget_states_the_bound(budget, words, refused, tmp_path):
     message = refused("plan", plan__budget=budget)
     assert words in message

@@ -7,7 +7,7 @@ from flax import traverse_util
 
 from mpqdiff.costs import RESOURCES, check_choices, problem
 from mpqdiff.costs.bitops import bitops
-from mpqdiff.costs.bytes import device_bytes, file_bytes, fixed_bytes, float_bytes, total
+from mpqdiff.costs.bytes import device_bytes, file_bytes, fixed_bytes, total
 from mpqdiff.errors import InputError
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import apply, store
@@ -39,9 +39,7 @@ def _built(bits, flags, rows=3):
             tensors[path]["colsum"] = qvalue.sum(axis=0).astype(np.int32)
         if bias:
             tensors[path]["bias"] = flat[f"{path}/bias"] = np.zeros(shape[-1], np.float32)
-    table = Table(
-        jnp.zeros(rows, jnp.int32), jnp.ones((rows, 3)), jnp.zeros((rows, 3), jnp.int8)
-    )
+    table = Table(jnp.zeros(rows, jnp.int32), jnp.ones((rows, 3)), jnp.zeros((rows, 3), jnp.int8))
     plan = Plan(
         model={"hash": "h"},
         w_bits=dict.fromkeys(LAYERS, bits),
@@ -89,7 +87,6 @@ def test_bytes_by_hand():
     product = Site("p", "product", (), 0, 0, 99, "p")
     assert device_bytes(product, 8, False) == file_bytes(product, 8, False) == 0
     assert fixed_bytes(100, 3, 4) == {"bytes": 100 + 60 + 12, "file_bytes": 172}
-    assert float_bytes(10) == 40
 
 
 def test_bitops_by_hand():

@@ -43,7 +43,9 @@ def output(path, module, kind, args, out):
 def test_every_kind_is_hit_once_per_call_in_order(small):
     denoise, params = small
     seen = []
-    observed = intercept.observe(denoise, lambda path, m, kind, args, out: seen.append((path, kind)))
+    observed = intercept.observe(
+        denoise, lambda path, m, kind, args, out: seen.append((path, kind))
+    )
     prediction, taken = observed(params, X, T, LABELS)
     assert [path for path, _ in seen] == PATHS and taken == {}
     assert dict(seen)["conv"] == "conv" and dict(seen)["embed"] == "embedding"
@@ -80,11 +82,11 @@ def test_an_apply_jitted_before_is_not_reused(small):
 def test_a_denoise_that_is_itself_jitted_is_refused_never_skipped(small):
     denoise, params = small
     fresh = jax.jit(lambda *call: denoise(*call))
-    with pytest.raises(InputError, match="'conv' lies inside .* a jitted function"):
+    with pytest.raises(InputError, match=r"'conv' lies inside .* a jitted function"):
         intercept.observe(fresh, output)(params, X, T, LABELS)
     used = jax.jit(lambda *call: denoise(*call))
     used(params, X, T, LABELS)  # now its trace is cached, and interception would see nothing
-    with pytest.raises(InputError, match="never called .*'shared#1'"):
+    with pytest.raises(InputError, match=r"never called .*'shared#1'"):
         intercept.observe(used, output, paths=PATHS)(params, X, T, LABELS)
     with pytest.raises(InputError, match="never called"):
         intercept.rewrite(used, {"last": lambda module, x: x})(params, X, T, LABELS)
@@ -132,7 +134,9 @@ def test_a_path_that_is_never_called_is_an_error(small):
 
 def test_a_rewritten_site_is_named_in_the_program(small):
     denoise, params = small
-    same = intercept.rewrite(denoise, {"pairs": lambda module, a, b: jnp.einsum("bpd,bqd->bpq", a, b)})
+    same = intercept.rewrite(
+        denoise, {"pairs": lambda module, a, b: jnp.einsum("bpd,bqd->bpq", a, b)}
+    )
     text = jax.jit(same).lower(params, X, T, LABELS).compile().as_text()
     assert intercept.scope("pairs") in text
 
@@ -149,7 +153,8 @@ def test_operands_given_by_name_arrive_in_order():
     params = module.init(jax.random.key(0), X, T, LABELS)["params"]
     shapes = {}
     intercept.observe(
-        from_linen(module), lambda path, m, k, args, out: shapes.update({path: [a.shape for a in args]})
+        from_linen(module),
+        lambda path, m, k, args, out: shapes.update({path: [a.shape for a in args]}),
     )(params, X, T, LABELS)
     assert shapes == {"dense": [(2, 3, 3, 1)], "cov": [(2, 3, 3, 3), (2, 3, 3, 1)]}
     double = {"dense": lambda m, x: jnp.repeat(2 * x, 3, axis=-1)}

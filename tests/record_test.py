@@ -39,8 +39,9 @@ def net():
     module = Net()
     rng = np.random.default_rng(0)
     x_ts = rng.normal(size=(T, N, 4, 4, 1)).astype(np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x_ts[0], TIMESTEPS[:1], LABELS)["params"]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x_ts[0], TIMESTEPS[:1], LABELS)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), shapes)
+    params = params["params"]
     found, _ = sites.list_sites(from_linen(module), params, *sites.example_inputs((4, 4, 1)))
     return from_linen(module), params, x_ts, sites.planned(found, products=True)
 
@@ -94,7 +95,9 @@ def test_grams_and_row_sums_equal_the_oracle(net, stats, captured):
         for place, site in enumerate(net[3]):
             gram, sums = oracle(captured[t][site.path][1])
             scale = np.abs(sums).max() + np.abs(gram).max()
-            np.testing.assert_allclose(stats.gram[t, place], gram, atol=1e-5 * scale, err_msg=site.path)
+            np.testing.assert_allclose(
+                stats.gram[t, place], gram, atol=1e-5 * scale, err_msg=site.path
+            )
             np.testing.assert_allclose(stats.row_sums[t, place], sums, atol=1e-5 * scale)
 
 

@@ -47,9 +47,7 @@ def listed(module, shape):
 
 def test_macs_shapes_and_ties_by_hand():
     found, _ = listed(Mixed(), (8, 8, 4))
-    table = {
-        s.path: (s.kind, s.shape, s.parameters, s.bias, s.macs, s.tie) for s in found
-    }
+    table = {s.path: (s.kind, s.shape, s.parameters, s.bias, s.macs, s.tie) for s in found}
     assert table == {
         "conv": ("conv", (3, 3, 2, 6), 108, 6, 4 * 4 * 108, "conv"),
         "embed": ("embedding", (3, 6), 18, 0, 0, "embed"),
@@ -167,5 +165,3 @@ def test_pins_that_cannot_hold(dit):
     with pytest.raises(InputError, match=r"'final' is pinned to \[4, 8\]"):
         sites.pin(dit, [("final.*", 8), ("final", 4)])
     assert sites.pin(dit, [("final", 8), ("final.*", 8)])[-1].pin == 8
-
-

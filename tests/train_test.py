@@ -116,6 +116,12 @@ def test_first_loss_is_the_weighted_noise_power(tmp_path):
     assert (weight < 1).any() and (weight == 1).any()
 
 
+def test_every_step_draws_its_own_noise(tmp_path):
+    """Parameters that stay at 0 make each loss the power of that step's noise alone."""
+    run(tmp_path, learning_rate=0.0, log_every=1, checkpoint_every=1000)
+    assert len({entry["loss"] for entry in log(tmp_path)}) == 12
+
+
 def test_min_snr_weights_by_hand():
     weight = LOSS_WEIGHTS["min_snr"](jnp.array([0.5, 10 / 11, 0.99]))
     np.testing.assert_allclose(weight, [1.0, 0.5, 5 / 99], rtol=1e-4)

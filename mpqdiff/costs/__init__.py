@@ -25,8 +25,8 @@ def problem(
     """The knapsack over `sites` with expected damage `value` [L,K] and `budgets` by resource.
 
     `asymmetric` [L] tells which sites read a lopsided activation: their zero point costs a column
-    sum per output. A pinned site keeps only its pin's choice, or the narrowest one above it when
-    the pin is not among `w_bits` (then it is added). `fixed` is what no choice changes.
+    sum per output. A pinned site keeps only its pin's choice, which is added to the choices where
+    `w_bits` lacks it. `fixed` is what no choice changes.
     Raises InputError on an unknown resource or an empty list of choices.
     """
     choices = check_choices(w_bits)

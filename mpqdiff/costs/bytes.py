@@ -44,12 +44,7 @@ def fixed_bytes(float_leaf_bytes: int, rows: int, columns: int) -> dict[str, flo
     return {name: float(float_leaf_bytes + table) for name in ("bytes", "file_bytes")}
 
 
-def float_bytes(parameter_count: int) -> int:
-    """Bytes of the float32 model."""
-    return FLOAT * parameter_count
-
-
 def total(sites: Sequence[Site], w_bits, asymmetric: Sequence[bool], fixed: float, resource) -> int:
     """`resource(site, bits, asymmetric)` over the planned sites plus `fixed`."""
     pairs = zip(sites, asymmetric, strict=True)
-    return int(sum(resource(site, w_bits[site.path], flag) for site, flag in pairs) + fixed)
+    return int(sum(resource(site, w_bits.get(site.path, 0), flag) for site, flag in pairs) + fixed)

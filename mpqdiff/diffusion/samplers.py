@@ -8,6 +8,7 @@ clipped to [-1, 1] and eps_hat recomputed from it, as guided-diffusion does for 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def ddim(
     *,
     timesteps: np.ndarray,
     alphas_cumprod: np.ndarray,
-    key=None,
+    keys=None,
     eta: float = 0.0,
     clip: bool = True,
     trajectory: bool = False,
@@ -58,18 +59,18 @@ def ddim(
     """Sample x_0 [B,H,W,C] from noise x_T over `timesteps` int32 [S], descending.
 
     The denoiser is called with `t` of shape [] inside one scan over the steps. With
-    `trajectory`, returns (x_0, x_ts [S,B,H,W,C]), the inputs of every step. `key` is needed, and
-    consumed, only with eta > 0. Raises InputError on timesteps that are not strictly descending
-    inside the schedule, on eta outside [0, 1], and on eta > 0 without a key.
+    `trajectory`, returns (x_0, x_ts [S,B,H,W,C]), the inputs of every step. `keys` [B]
+    (`step_keys`) are needed, and consumed, only with eta > 0. Raises InputError on timesteps
+    that are not strictly descending inside the schedule, on eta outside [0, 1], and on eta > 0
+    without keys.
     """
     timesteps = check_timesteps(timesteps, len(alphas_cumprod))
     if not 0.0 <= eta <= 1.0:
         raise InputError(f"eta={eta}: expected 0 (deterministic) to 1 (as noisy as DDPM)")
-    if eta > 0.0 and key is None:
-        raise InputError(f"eta={eta}: a sampler with noise needs a key")
+    if eta > 0.0 and keys is None:
+        raise InputError(f"eta={eta}: a sampler with noise needs a key per image")
     abar = jnp.asarray(alphas_cumprod)[jnp.asarray(timesteps)]
     abar_next = jnp.append(abar[1:], 1.0)
-    key = jax.random.key(0) if key is None else key
 
     def step(x_t, at):
         t, abar_t, abar_s, index = at
@@ -81,7 +82,7 @@ def ddim(
         sigma = eta * jnp.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
         x_s = jnp.sqrt(abar_s) * x_0 + jnp.sqrt(1 - abar_s - sigma**2) * eps
         if eta > 0.0:
-            x_s = x_s + sigma * jax.random.normal(jax.random.fold_in(key, index), x_t.shape)
+            x_s = x_s + sigma * jax.vmap(partial(_step_noise, index, x_t.shape[1:]))(keys)
         return x_s, x_t if trajectory else None
 
     steps = (jnp.asarray(timesteps), abar, abar_next, jnp.arange(len(timesteps)))
@@ -89,15 +90,28 @@ def ddim(
     return (x_0, x_ts) if trajectory else x_0
 
 
+def _step_noise(index, shape, key):
+    return jax.random.normal(jax.random.fold_in(key, index), shape)
+
+
 SAMPLERS = {"ddim": ddim}
 
 
-def initial_noise(seed: int, start: int, count: int, image_shape):
-    """Noise of images start..start+count-1: a function of (seed, image index) alone.
+def noise_keys(seed: int, start: int, count: int):
+    """Keys [count] of images start..start+count-1: functions of (seed, image index) alone.
 
     Arms with the same seed therefore share noise image by image, whatever their batch size.
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
-        jnp.arange(start, start + count)
-    )
-    return jax.vmap(lambda key: jax.random.normal(key, image_shape))(keys)
+    fold = partial(jax.random.fold_in, jax.random.key(seed))
+    return jax.vmap(fold)(jnp.arange(start, start + count))
+
+
+def initial_noise(seed: int, start: int, count: int, image_shape):
+    """Noise x_T [count,H,W,C] of images start..start+count-1, from their `noise_keys`."""
+    draw = partial(jax.random.normal, shape=tuple(image_shape))
+    return jax.vmap(draw)(noise_keys(seed, start, count))
+
+
+def step_keys(seed: int, start: int, count: int):
+    """Keys [count] for the noise of the steps: apart from those that drew x_T."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 1))(noise_keys(seed, start, count))

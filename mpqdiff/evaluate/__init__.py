@@ -76,7 +76,7 @@ def evaluate(
         "sfid": None,
         "is": inception_score.inception_score(logits),
         **_manifold_numbers(features, reference.train_features),
-        **_paired_numbers(x_0, float_x_0),
+        **paired_numbers(x_0, float_x_0),
         "n_images": n,
     }
     row["damage"] = damage(row["fid"], n, reference, train, ceiling_features)
@@ -180,7 +180,8 @@ def _manifold_numbers(features, train_features) -> dict[str, Any]:
     return {"precision": precision, "recall": recall}
 
 
-def _paired_numbers(x_0, float_x_0) -> dict[str, Any]:
+def paired_numbers(x_0, float_x_0) -> dict[str, Any]:
+    """x0 MSE, PSNR (with intervals) and SSIM against float's x_0 on the same seeds; None for it."""
     numbers: dict[str, Any] = dict.fromkeys(PAIRED)
     if float_x_0 is None or float_x_0 is x_0:
         return numbers

@@ -19,8 +19,8 @@ _FLOAT = "against the float arm on the same seeds, 95 % t interval over images"
 SET_METRICS = {
     "fid": _FRECHET,
     "delta_fid": _FRECHET + " on common subsamples, minus the float arm's",
-    "damage": "(FID - floor) / (ceiling - floor), floor: n test images, ceiling: float model at 2 "
-    "steps, " + _REFERENCE,
+    "damage": "(FID - floor) / (ceiling - floor), floor: n test images, ceiling: float model at "
+    "{ceiling_steps} steps, " + _REFERENCE,
     "kid": "unbiased cubic-kernel MMD^2, " + _REFERENCE + ", 95 % delete-one jackknife",
     "is": "inception score, 1 split, logits of {feature_space} ({feature_hash})",
     "precision": "k-NN precision, k=3, " + _REFERENCE + ", n of them",
@@ -46,11 +46,13 @@ def protocol(
     seeds: Sequence[int],
     guidance: float,
     image_size: Sequence[int],
+    sampler: str = "",
+    ceiling_steps: int = 2,
 ) -> dict:
     """The protocol of a results file, JSON types only; `numbers` has one line per metric.
 
     `image_size` is (H, W, C); `guidance` the classifier-free scale (1 or 0: as the sampler
-    defines "none"); `indicative` is True below 2000 images.
+    defines "none"); `sampler` names it with its settings; `indicative` is True below 2000 images.
     Raises InputError on non-positive counts or sizes, no seed, or an empty name.
     """
     fields = {
@@ -62,11 +64,13 @@ def protocol(
         "seeds": [int(seed) for seed in seeds],
         "guidance": float(guidance),
         "image_size": [int(size) for size in image_size],
+        "ceiling_steps": int(ceiling_steps),
     }
     empty = [name for name, value in fields.items() if value in ("", [])]
     counts = [fields["reference_count"], fields["n_images"], *fields["image_size"]]
     if empty or min(counts) < 1 or len(fields["image_size"]) != 3:
         raise InputError(f"unusable protocol {fields}: expected names, counts >= 1 and (H, W, C)")
+    fields["sampler"] = sampler
     fields["indicative"] = fields["n_images"] < INDICATIVE_BELOW
     fields["numbers"] = {
         metric: describe(fields, metric) for metric in {**SET_METRICS, **PAIRED_METRICS}

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpqdiff.errors import InputError
 from mpqdiff.intercept import scope
 from mpqdiff.sites import Site
 
@@ -50,8 +49,6 @@ def read(compiled, *, images: Sequence[tuple[int, ...]]) -> Execution:
     """Parse a compiled sampler. `images` are the shapes of x_t and cond, left out of the carry.
 
     Scalars, which are counters and constants, are left out too.
-
-    Raises InputError when the program has no loop: then it is not a sampler's scan.
     """
     types: dict[str, str] = {}
     products: dict[str, list] = {}
@@ -72,11 +69,11 @@ def read(compiled, *, images: Sequence[tuple[int, ...]]) -> Execution:
             operands = operands if opcode in MULTIPLIES else []
             seen = tuple(types.get(operand, "?").split("[")[0] for operand in operands)
             products.setdefault(found.group(1), []).append((kind.split("[")[0], seen))
-    if not loops:
-        raise InputError("the compiled program has no loop: expected a sampler's scan over steps")
     skipped = [",".join(map(str, shape)) for shape in images]
     carry: dict[str, int] = {}
-    widest = max(loops, key=lambda kind: sum(_bytes(*array) for array in _ARRAY.findall(kind)))
+    # XLA removes the loop of a one-step sampler; then nothing is carried.
+    sizes = {kind: sum(_bytes(*array) for array in _ARRAY.findall(kind)) for kind in loops}
+    widest = max(sizes, key=lambda kind: sizes[kind], default="")
     for kind, shape in _ARRAY.findall(widest):
         if shape in skipped:  # once: a bias may have the shape of the labels
             skipped.remove(shape)

@@ -5,6 +5,8 @@ travels in the metadata, so that the file can be opened on its own. Column sums 
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,7 +21,43 @@ from mpqdiff.artifacts import write_atomically
 from mpqdiff.errors import InputError
 from mpqdiff.plan import Plan
 from mpqdiff.quantize.activations import Table
+from mpqdiff.quantize.numerics import column_sums
 from mpqdiff.quantize.pack import pack_bits, unpack_bits
+from mpqdiff.sites import Site
+
+
+def decision(plan: Plan) -> dict:
+    """The plan without what led to it: equal decisions give equal files."""
+    bare = replace(
+        plan,
+        system="",
+        budgets={},
+        predicted={},
+        provenance={},
+        objective=None,
+        bound=None,
+        gap=None,
+    )
+    return plans.to_json(bare)
+
+
+# Of one tensor in a safetensors header, besides its name: dtype, two sizes, two offsets.
+_ENTRY_BYTES = 96
+
+
+def header_bytes(plan: Plan, sites: Sequence[Site], float_params) -> int:
+    """At most how many bytes of the file are not tensors, for any widths of the planned sites.
+
+    A budget of file bytes pays for this too; offsets and shapes of fewer digits take less.
+    """
+    names = [f"float/{name}" for name in traverse_util.flatten_dict(float_params, sep="/")]
+    names += [f"steps/{name}" for name in Table._fields]
+    names += [f"sites/{s.path}/{leaf}" for s in sites for leaf in ("qvalue", "scale", "bias")]
+    shapes = {site.path: [10**6, 10**6, False] for site in sites}
+    # JSON inside JSON: every quotation mark is escaped.
+    metadata = [json.dumps(json.dumps(body)) for body in (decision(plan), shapes)]
+    text = sum(map(len, names)) + sum(map(len, metadata))
+    return text + _ENTRY_BYTES * len(names) + 64
 
 
 def save(path: Path, plan: Plan, tensors: dict[str, dict], float_params, steps: Table) -> int:
@@ -35,7 +73,7 @@ def save(path: Path, plan: Plan, tensors: dict[str, dict], float_params, steps: 
     flat = traverse_util.flatten_dict(jax.device_get(float_params), sep="/")
     stored |= {f"float/{name}": np.asarray(leaf) for name, leaf in flat.items()}
     stored |= {f"steps/{name}": np.asarray(leaf) for name, leaf in steps._asdict().items()}
-    metadata = {"plan": json.dumps(plans.to_json(plan)), "shapes": json.dumps(shapes)}
+    metadata = {"plan": json.dumps(decision(plan)), "shapes": json.dumps(shapes)}
     data = safetensors.save(stored, metadata=metadata)
     write_atomically(Path(path), data)
     return len(data)
@@ -53,7 +91,7 @@ def load(path: Path) -> tuple[Plan, dict[str, dict], Table]:
             packed = flat[f"sites/{site}/qvalue"]
             entry = {"qvalue": unpack_bits(packed, plan.width(site), (rows, columns))}
             if has_colsum:
-                entry["colsum"] = entry["qvalue"].sum(axis=0, dtype=np.int32)
+                entry["colsum"] = np.asarray(column_sums(entry["qvalue"]))
             for name in ("scale", "bias"):
                 if f"sites/{site}/{name}" in flat:
                     entry[name] = flat[f"sites/{site}/{name}"]

@@ -9,10 +9,12 @@ orthogonal to the others is the more important one; MPQ-Diff (arXiv 2412.00144) 
 every timestep. Everything below is written for one timestep; `score` is where T enters.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import Precision
 
 from mpqdiff.errors import InputError, unknown_name
@@ -107,25 +109,32 @@ def mean_redundancy(matrix, member):
 
 
 @partial(jax.jit, static_argnames=("estimator", "temporal_policy"))
-def _score(gram, row_sums, pooled_gram, pooled_row_sums, time_only, *, estimator, temporal_policy):
+def _score(
+    gram, row_sums, pooled_gram, pooled_row_sums, time_only, counted, *, estimator, temporal_policy
+):
     """`score` on arrays: value [T,L], matrix [T,L,L]."""
     matrix = jax.vmap(lambda k, r: orm(k, estimator, r))(gram, row_sums)  # T enters here
-    value = jax.vmap(mean_redundancy, in_axes=(0, None))(matrix, ~time_only)
+    value = jax.vmap(mean_redundancy, in_axes=(0, None))(matrix, counted & ~time_only)
     fixed = jnp.zeros_like(value[0])
     if temporal_policy == "pooled":
         pooled = orm(pooled_gram, estimator, pooled_row_sums)
-        fixed = mean_redundancy(pooled, jnp.ones_like(time_only))
+        fixed = mean_redundancy(pooled, counted)
     return jnp.where(time_only, fixed, value), matrix
 
 
 def score(
-    stats: Statistics, *, estimator: str = "centered", temporal_policy: str = "pooled"
+    stats: Statistics,
+    *,
+    estimator: str = "centered",
+    temporal_policy: str = "pooled",
+    member: Sequence[bool] | None = None,
 ) -> Scores:
     """Mean off-diagonal metric by timestep and site: redundancy [T,L], matrix [T,L,L].
 
     Sites fed only by (t, label) do not vary at one timestep as the others do, so they enter no
     other site's mean. "pooled" scores them on rows drawn over all (t, label) pairs, the same at
-    every timestep; "pin" gives them 0 and leaves it to the caller to pin their bits.
+    every timestep; "pin" gives them 0 and leaves it to the caller to pin their bits. `member`
+    [L] says which sites count among the others of a mean (all, when None): pinned sites need not.
     Raises InputError on NaN or infinity in the Grams and on an unknown estimator or policy.
     """
     if temporal_policy not in TEMPORAL_POLICIES:
@@ -147,6 +156,7 @@ def score(
     value, matrix = _score(
         **{name: jnp.asarray(array) for name, array in arrays.items()},
         time_only=jnp.asarray(stats.time_only),
+        counted=jnp.asarray(np.ones(len(stats.time_only), bool) if member is None else member),
         estimator=estimator,
         temporal_policy=temporal_policy,
     )

@@ -19,7 +19,8 @@ def pair(seed=0):
 @pytest.mark.parametrize("t", [0, 40, 99])
 def test_q_sample_is_equation_four(t):
     x_0, eps = pair()
-    expected = float(ABAR[t]) ** 0.5 * np.asarray(x_0) + (1 - float(ABAR[t])) ** 0.5 * np.asarray(eps)
+    abar = float(ABAR[t])
+    expected = abar**0.5 * np.asarray(x_0) + (1 - abar) ** 0.5 * np.asarray(eps)
     np.testing.assert_allclose(q_sample(x_0, t, eps, ABAR), expected, rtol=1e-5, atol=1e-6)
 
 

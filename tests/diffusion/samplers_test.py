@@ -69,10 +69,12 @@ def test_scan_equals_the_plain_loop(timesteps, clip):
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_noisy_steps_equal_the_plain_loop_fed_the_same_draws(eta):
-    timesteps, x, labels, key = [90, 60, 20, 1], noise(), np.array([0, 2]), jax.random.key(7)
+    timesteps, x, labels = [90, 60, 20, 1], noise(), np.array([0, 2])
+    keys = jax.random.split(jax.random.key(7), len(x))
     with jax.enable_x64(True):
         draws = [
-            np.asarray(jax.random.normal(jax.random.fold_in(key, i), x.shape)) for i in range(4)
+            np.stack([jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]) for key in keys])
+            for i in range(4)
         ]
         got = ddim(
             network,
@@ -81,7 +83,7 @@ def test_noisy_steps_equal_the_plain_loop_fed_the_same_draws(eta):
             jnp.asarray(labels),
             timesteps=np.array(timesteps),
             alphas_cumprod=ABAR.astype(np.float64),
-            key=key,
+            keys=keys,
             eta=eta,
         )
     expected, _ = plain_ddim(x, labels, timesteps, eta=eta, draws=draws)
@@ -97,7 +99,7 @@ def test_full_ddpm_noise_stays_finite_on_every_schedule():
             jnp.array([0, 2]),
             timesteps=np.arange(F)[::-1],
             alphas_cumprod=alphas_cumprod(name, F),
-            key=jax.random.key(0),
+            keys=jax.random.split(jax.random.key(0), 2),
             eta=1.0,
         )
         assert np.isfinite(out).all(), name
@@ -129,7 +131,7 @@ def run(**changes):
     [
         ({"eta": 0.5}, "needs a key"),
         ({"eta": -0.1}, "eta=-0.1"),
-        ({"eta": 1.5, "key": jax.random.key(0)}, "eta=1.5"),
+        ({"eta": 1.5, "keys": jax.random.split(jax.random.key(0), 1)}, "eta=1.5"),
         ({"timesteps": [0, 9]}, "strictly descending"),
         ({"timesteps": [9, 9]}, "strictly descending"),
         ({"timesteps": []}, "strictly descending"),
@@ -143,7 +145,7 @@ def test_unusable_inputs(changes, message):
 
 
 def test_a_key_changes_nothing_without_noise():
-    np.testing.assert_array_equal(run(), run(key=jax.random.key(3)))
+    np.testing.assert_array_equal(run(), run(keys=jax.random.split(jax.random.key(3), 2)))
 
 
 @pytest.mark.parametrize("length", [1, 2, 37, 100])

@@ -83,8 +83,9 @@ def test_a_site_with_null_widths_stays_in_float(tiny):
     every = replace(
         plan,
         w_bits=dict.fromkeys(plan.w_bits),
-        a_bits={p: {"lhs": None, "rhs": None} if "/qk" in p or "/pv" in p else None
-                for p in plan.a_bits},
+        a_bits={
+            p: {"lhs": None, "rhs": None} if "/qk" in p or "/pv" in p else None for p in plan.a_bits
+        },
     )
     model = tiny.build(every)
     assert model.params["sites"] == {}
@@ -92,9 +93,7 @@ def test_a_site_with_null_widths_stays_in_float(tiny):
         _eps(model, tiny, np.int32(500)), tiny.float_eps(np.int32(500)), rtol=1e-5, atol=1e-5
     )
     path = "block_0/mlp/fc1"
-    partly = replace(
-        plan, w_bits=plan.w_bits | {path: None}, a_bits=plan.a_bits | {path: None}
-    )
+    partly = replace(plan, w_bits=plan.w_bits | {path: None}, a_bits=plan.a_bits | {path: None})
     model = tiny.build(partly)
     assert path not in model.params["sites"]
     np.testing.assert_array_equal(
@@ -176,7 +175,10 @@ def test_an_asymmetric_convolution_pads_with_real_zero(padding):
         return _Convolution(arguments).apply({"params": params}, x)
 
     integer = apply.integer_denoise(
-        denoise, [site], {"conv": lambda qvalue: qvalue}, apply.quantized_matmul,
+        denoise,
+        [site],
+        {"conv": lambda qvalue: qvalue},
+        apply.quantized_matmul,
         a_bits={"conv": 8},
     )
     given = {"float": {}, "sites": {"conv": tensors}, "steps": steps}

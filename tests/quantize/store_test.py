@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -61,7 +62,7 @@ def test_round_trip_is_bit_exact(tmp_path, rows):
     assert store.save(path, plan, tensors, left, steps) == path.stat().st_size
     found_plan, found, found_steps = store.load(path)
     assert found_plan.hash == plan.hash
-    assert found_plan.objective == 0.3  # nine digits
+    assert found_plan.objective is None  # the decision travels, not what led to it
     assert found.keys() == tensors.keys()
     for site, entry in tensors.items():
         assert found[site].keys() == entry.keys()
@@ -141,3 +142,25 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         store.save(tmp_path / "model.safetensors", *_model())
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("width", [2, 5, 8])
+def test_header_bound_holds_and_is_close(tmp_path, width):
+    plan, tensors, left, steps = _model(3)
+    plan = replace(plan, w_bits=dict.fromkeys(plan.w_bits, width))
+    size = store.save(tmp_path / "model.safetensors", plan, narrow(tensors), left, steps)
+    payload = sum(
+        -(-entry["qvalue"].size * width // 8)
+        + sum(entry[leaf].nbytes for leaf in ("scale", "bias") if leaf in entry)
+        for entry in tensors.values()
+    )
+    payload += sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves((left, steps)))
+    sites = [Site(p, "dense", (1, 1), 1, 0, 0, p) for p in tensors]
+    bound = store.header_bytes(plan, sites, left)
+    assert size <= payload + bound
+    assert bound < 2 * (size - payload)
+
+
+def narrow(tensors):
+    """The same shapes, with values that fit every width."""
+    return {p: {**e, "qvalue": np.clip(e["qvalue"], -1, 1)} for p, e in tensors.items()}

@@ -306,7 +306,7 @@ def test_bytes_and_share_of_a_plan(data):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"importance": np.zeros((3, 2))}, "importance has shape"),
         ({"matrix": np.zeros((2, 2))}, "matrix has shape"),

@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     config.weights = "fashion_dit_seed1" if arg == "seed1" else "fashion_dit"
     config.sample.num_images = 5000
     config.sample.batch = 250
-    config.evaluate.timing_rounds = 5
+    config.evaluate.timing_rounds = 3
     arms = {
         "plan_aqt": {"backend": "aqt"},
         "uniform": {"solver": "uniform"},
@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
         "uniform4": {"solver": "uniform", "ratio": 1.0},
         "w8a8": {"w_bits": (8,), "solver": "uniform", "ratio_bits": 8, "ratio": 1.0},
     }
-    for ratio in (1.33, 1.5, 1.7):
+    for ratio in (1.33, 1.6):
         arms[f"plan_{100 * ratio:.0f}"] = {"ratio": ratio}
         arms[f"uniform_{100 * ratio:.0f}"] = {"ratio": ratio, "solver": "uniform"}
     for ratio in (0.85,):

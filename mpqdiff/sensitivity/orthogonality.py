@@ -7,6 +7,10 @@ For sites X [N,p] and Y [N,q] (outputs for the same N inputs, flattened) with Gr
 (OMPQ, arXiv 2109.07865; on centred features it is linear CKA, arXiv 1905.00414). A site that is
 orthogonal to the others is the more important one; MPQ-Diff (arXiv 2412.00144) reads this at
 every timestep. Everything below is written for one timestep; `score` is where T enters.
+
+It reads what outputs share, not what the network's output depends on: it cannot rank first the
+sites that matter. It ranks first the outputs that no other site carries, used or not, and a site
+of constant output (redundancy 0) before all.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""Output error: relative error of a site's own output with only that site quantised."""
+"""Output error: relative error of a site's own output with only that site quantised.
+
+It is local: it cannot know whether anything reads the output.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""Weight error: squared error of a site's weights at each width, blind to what they are fed."""
+"""Weight error: squared error of a site's weights at each width, blind to what they are fed.
+
+It reads weights alone: it cannot know which sites matter.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise

@@ -1,9 +1,10 @@
-"""Trains the embedded Fashion-MNIST DiT: 1.06 M parameters, 12 epochs, about 40 minutes on 2 cores.
+"""Trains the embedded Fashion-MNIST DiT: 1.06 M parameters, about 40 minutes on 2 idle cores.
 
     mpqdiff train --config=configs/fashion_dit.py:0 --workdir=runs/fashion_dit_0 \\
         --config.data.dir=PATH_TO_ARCHIVES
 
-The argument is the seed; the package ships seeds 0 (`fashion_dit`) and 1 (`fashion_dit_seed1`).
+The argument is the seed; the package ships seed 0 (`fashion_dit`, 12 epochs) and seed 1
+(`fashion_dit_seed1`, 6 epochs: a second model for questions of stability, not a better one).
 """
 
 from mpqdiff.config import base, smoke
@@ -23,4 +24,6 @@ def get_config(arg: str = "0"):
     if arg == "smoke":
         return smoke(config)
     config.seed = int(arg)
+    if config.seed == 1:
+        config.train.epochs = 6
     return config

@@ -162,10 +162,9 @@ def _experiment(config: ConfigDict, workdir: Path | None):
 
 
 def _run(config, workdir, command):
-    from mpqdiff import outcome
+    from mpqdiff import outcome, results
 
-    results = outcome.run(_experiment(config, workdir), command=command)
-    print(outcome.table(results))
+    print(results.table(outcome.run(_experiment(config, workdir), command=command)))
     print(f"\nreport: {workdir / 'report.html'}")
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpqdiff.errors import VerificationError
-from mpqdiff.outcome import environment
+from mpqdiff.results import environment
 
 
 def integers() -> str:

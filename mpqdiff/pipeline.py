@@ -4,7 +4,8 @@
          -> quantize -> sample -> evaluate -> results
 
 A system is the recipe in the config; an arm is a recipe that differs from it in a few keys
-(`config.for_arm`). `arms.py` turns recipes into models and samples; `outcome.py` writes files.
+(`config.for_arm`). `arms.py` turns recipes into models and samples, `results.py` measures
+them, `outcome.py` writes files.
 """
 
 from dataclasses import replace

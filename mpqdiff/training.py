@@ -11,7 +11,7 @@ from mpqdiff.artifacts import read_json, write_atomically, write_json
 from mpqdiff.denoiser import from_linen
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
-from mpqdiff.outcome import environment
+from mpqdiff.results import environment
 from mpqdiff.train import train
 
 

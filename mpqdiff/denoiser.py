@@ -7,17 +7,17 @@ call it) or [B]; `cond` whatever the model takes, here labels int32 [B].
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
+from mpqdiff.shapes import Images, Timestep
 
 
 class Prediction(NamedTuple):
     """The network's output: predicted noise, and the raw variance channels where it has them."""
 
-    eps: jax.Array
-    log_variance: jax.Array | None = None
+    eps: Images
+    log_variance: Images | None = None
 
 
-Denoise = Callable[[Any, jax.Array, jax.Array, Any], Prediction]
+Denoise = Callable[[Any, Images, Timestep, Any], Prediction]
 
 
 def from_linen(module) -> Denoise:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax import lax
 
 from mpqdiff import intercept
 from mpqdiff.costs.bytes import fixed_bytes
@@ -158,7 +159,8 @@ def integer_denoise(
 
     def integer(params, x_t, t, cond):
         online = not params["steps"].timesteps.size
-        row = None if online else activations.row(params["steps"], t)
+        # Held apart: XLA would repeat the lookup inside every elementwise loop that scales.
+        row = None if online else lax.optimization_barrier(activations.row(params["steps"], t))
 
         def ranges(path, operand, x, bits):
             if row is None:

@@ -115,7 +115,9 @@ def quantize_activation(x, scale, zero_point, bits):
     check_bits(bits)
     limit = qmax(bits)
     zero = jnp.asarray(zero_point, jnp.int32)
-    scaled = x.astype(jnp.float32) * (1.0 / jnp.asarray(scale, jnp.float32))
+    # Held apart: XLA would divide once per element of x inside the fused loop.
+    reciprocal = jax.lax.optimization_barrier(1.0 / jnp.asarray(scale, jnp.float32))
+    scaled = x.astype(jnp.float32) * reciprocal
     # The bounds are integers, so saturating before rounding is exact; it also keeps the sum below
     # within the range where its spacing is 1, and the product out of a fused multiply-add.
     low, high = ((end - zero).astype(jnp.float32) for end in (-limit - 1, limit))

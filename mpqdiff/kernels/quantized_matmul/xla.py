@@ -26,6 +26,6 @@ def quantized_matmul(x, weight, x_scale, x_zero_point, w_scale, w_colsum, bias, 
     total = accumulate(quantize_activation(x, x_scale, zero, x_bits), weight)
     if x_zero_point is not None:
         total = total - x_zero_point.astype(jnp.int32) * w_colsum
-    # The barrier keeps this product of small arrays out of the loop over y, where XLA would repeat it.
+    # The barrier keeps this product of small arrays out of the loop over y.
     y = total.astype(jnp.float32) * lax.optimization_barrier(x_scale * w_scale)
     return y if bias is None else y + bias

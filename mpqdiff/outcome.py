@@ -203,9 +203,13 @@ def verify_only(experiment: Experiment) -> str:
     """
     arm = planned_arm(experiment)
     stored = experiment.store.workdir / "results.json"
-    recorded = None
     manifest = experiment.store.workdir / "manifest.json"
-    if stored.exists() and read_json(manifest)["plans"].get("plan") == planned(arm).hash:
+    recorded = None
+    # Results of another plan, since edited or solved again, say nothing about this one.
+    own = planned(arm).hash
+    if stored.exists() and (
+        not manifest.exists() or read_json(manifest)["plans"].get("plan") == own
+    ):
         rows = {row["arm"]: row for row in read_json(stored)["arms"]}
         recorded = rows["plan"]["resident_bytes"]
     arm.verify(recorded)

@@ -193,7 +193,7 @@ def test_a_dry_run_prints_config_sites_and_cost_and_writes_nothing(good, tmp_pat
     assert rows["block_0/mlp/fc1"].endswith("4/8")
     assert rows["patch_embed"].endswith(" 8")
     assert "float: " in rows["block_0/attn/qk"]
-    sampled = 2 * 12 * 2  # arms, images, steps
+    sampled = (2 + 3) * 12 * 2  # float, plan and the controls; images; steps
     assert f"{sampled} evaluations" in rows["sample"]
     assert "MiB of float32 weights" in text
     assert not work.exists()

@@ -17,26 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mpqdiff import aggregate, models, record, sensitivity, solve, weights
+from mpqdiff import aggregate, record, sensitivity, solve
 from mpqdiff import plan as plans
 from mpqdiff import sites as site_list
 from mpqdiff.artifacts import Store, chunked, digest, load_arrays, save_arrays, tree_digest
-from mpqdiff.config import Config, for_arm
+from mpqdiff.config import Config
 from mpqdiff.costs import RESOURCES, check_choices, problem
 from mpqdiff.costs.bytes import total
 from mpqdiff.denoiser import Denoise, from_linen
 from mpqdiff.diffusion.guidance import guide
 from mpqdiff.diffusion.samplers import SAMPLERS, initial_noise, step_keys, uniform_timesteps
 from mpqdiff.diffusion.schedule import alphas_cumprod
-from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.evaluate import features
+from mpqdiff.errors import InputError
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import activations
-from mpqdiff.quantize.apply import BACKENDS, dequantized, fixed_cost, float_leaves
-from mpqdiff.quantize.numerics import CLIPS, check_bits
+from mpqdiff.quantize.apply import dequantized, fixed_cost, float_leaves
 from mpqdiff.quantize.store import header_bytes
+from mpqdiff.recipe import check_features, check_names, load_model, recipes
 from mpqdiff.records import Scores, Statistics
-from mpqdiff.sensitivity import orthogonality
 from mpqdiff.sites import Site
 
 # Bumped when a stage's results change.
@@ -393,64 +391,3 @@ class Experiment:
             width = bits if decided else None
             return {"lhs": width, "rhs": width}
         return bits if decided else None
-
-
-def recipes(config: Config) -> list[Config]:
-    """The config itself, then that of each of its arms."""
-    return [config, *(for_arm(config, changes) for changes in config.arms.values())]
-
-
-def check_features(config: Config, image_shape: tuple[int, ...]) -> None:
-    """InputError when the feature network or its reference does not fit, before any work."""
-    if not (config.publish and config.evaluate.features):
-        return
-    network = features.load(config.evaluate.features)
-    features.load_reference(config.evaluate.reference, network=network)
-    if tuple(network.image_shape) != tuple(image_shape):
-        raise InputError(
-            f"{network.name} takes images {network.image_shape}, the model makes {image_shape}: "
-            "set config.evaluate.features='' for paired metrics, which need no network"
-        )
-
-
-def check_names(config: Config) -> None:
-    """InputError on an unknown name or a width out of range in a recipe, before any work."""
-    for kind, name, known in (
-        ("score", config.score.name, sensitivity.SCORES),
-        ("estimator", config.score.estimator, orthogonality.ESTIMATORS),
-        ("temporal policy", config.score.temporal_policy, orthogonality.TEMPORAL_POLICIES),
-        ("aggregation", config.aggregate.name, aggregate.AGGREGATIONS),
-        ("solver", config.plan.solver, solve.SOLVERS),
-        ("budget resource", config.plan.resource, RESOURCES),
-        ("back end", config.quantize.backend, BACKENDS),
-        ("activation mode", config.quantize.mode, plans.MODES),
-        ("weight clip", config.quantize.clip, CLIPS),
-        ("sampler", config.diffusion.sampler, SAMPLERS),
-    ):
-        if name not in known:
-            raise unknown_name(kind, name, known)
-    check_choices(config.plan.w_bits)
-    for bits in (config.plan.a_bits, config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
-        check_bits(bits)
-    uniform_timesteps(config.diffusion.num_timesteps, config.diffusion.num_steps)
-    alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
-
-
-def load_model(config: Config):
-    """(module, params, description) of `config.weights`; "random" draws them for `config.model`.
-
-    Random weights leave no parameter at zero, as the model's own initialisation would: a gate of
-    zero hides every site behind it. Drawn on the host, so that nothing is compiled.
-    """
-    if config.weights != "random":
-        return weights.load(config.weights)
-    model = {"name": config.model.name, "kwargs": config.model.kwargs.to_dict()}
-    module = models.build(model["name"], **model["kwargs"])
-    shapes = jax.eval_shape(lambda key: weights.initialise(module, key), jax.random.key(0))
-    rng = np.random.default_rng(config.seed)
-
-    def draw(leaf):
-        spread = 0.05 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
-        return (spread * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return module, jax.tree.map(draw, shapes), model

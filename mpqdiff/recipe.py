@@ -1,0 +1,77 @@
+"""A recipe is a config, or a config as one arm changes it: checked, and its model loaded."""
+
+import jax
+import numpy as np
+
+from mpqdiff import aggregate, models, sensitivity, solve, weights
+from mpqdiff import plan as plans
+from mpqdiff.config import Config, for_arm
+from mpqdiff.costs import RESOURCES, check_choices
+from mpqdiff.diffusion.samplers import SAMPLERS, uniform_timesteps
+from mpqdiff.diffusion.schedule import alphas_cumprod
+from mpqdiff.errors import InputError, unknown_name
+from mpqdiff.evaluate import features
+from mpqdiff.quantize.apply import BACKENDS
+from mpqdiff.quantize.numerics import CLIPS, check_bits
+from mpqdiff.sensitivity import orthogonality
+
+
+def recipes(config: Config) -> list[Config]:
+    """The config itself, then that of each of its arms."""
+    return [config, *(for_arm(config, changes) for changes in config.arms.values())]
+
+
+def check_features(config: Config, image_shape: tuple[int, ...]) -> None:
+    """InputError when the feature network or its reference does not fit, before any work."""
+    if not (config.publish and config.evaluate.features):
+        return
+    network = features.load(config.evaluate.features)
+    features.load_reference(config.evaluate.reference, network=network)
+    if tuple(network.image_shape) != tuple(image_shape):
+        raise InputError(
+            f"{network.name} takes images {network.image_shape}, the model makes {image_shape}: "
+            "set config.evaluate.features='' for paired metrics, which need no network"
+        )
+
+
+def check_names(config: Config) -> None:
+    """InputError on an unknown name or a width out of range in a recipe, before any work."""
+    for kind, name, known in (
+        ("score", config.score.name, sensitivity.SCORES),
+        ("estimator", config.score.estimator, orthogonality.ESTIMATORS),
+        ("temporal policy", config.score.temporal_policy, orthogonality.TEMPORAL_POLICIES),
+        ("aggregation", config.aggregate.name, aggregate.AGGREGATIONS),
+        ("solver", config.plan.solver, solve.SOLVERS),
+        ("budget resource", config.plan.resource, RESOURCES),
+        ("back end", config.quantize.backend, BACKENDS),
+        ("activation mode", config.quantize.mode, plans.MODES),
+        ("weight clip", config.quantize.clip, CLIPS),
+        ("sampler", config.diffusion.sampler, SAMPLERS),
+    ):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    check_choices(config.plan.w_bits)
+    for bits in (config.plan.a_bits, config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
+        check_bits(bits)
+    uniform_timesteps(config.diffusion.num_timesteps, config.diffusion.num_steps)
+    alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
+
+
+def load_model(config: Config):
+    """(module, params, description) of `config.weights`; "random" draws them for `config.model`.
+
+    Random weights leave no parameter at zero, as the model's own initialisation would: a gate of
+    zero hides every site behind it. Drawn on the host, so that nothing is compiled.
+    """
+    if config.weights != "random":
+        return weights.load(config.weights)
+    model = {"name": config.model.name, "kwargs": config.model.kwargs.to_dict()}
+    module = models.build(model["name"], **model["kwargs"])
+    shapes = jax.eval_shape(lambda key: weights.initialise(module, key), jax.random.key(0))
+    rng = np.random.default_rng(config.seed)
+
+    def draw(leaf):
+        spread = 0.05 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
+        return (spread * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return module, jax.tree.map(draw, shapes), model

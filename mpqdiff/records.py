@@ -4,6 +4,8 @@ Each states its invariants; none has behaviour beyond read-only views. `Site` is
 `sites`, `Plan` by `plan`; these four sit between them.
 """
 
+import enum
+
 import jax
 import numpy as np
 from flax import struct
@@ -29,7 +31,6 @@ class Statistics:
     time_only: Array  # bool [L], the output does not change when x_t does
     input_min: Array  # float32 [T,L,2], operands (lhs, rhs); 0 where an operand is a weight
     input_max: Array  # float32 [T,L,2]
-    output_error: Array | None = None  # float32 [T,L,K], relative error of the site's output
 
 
 @struct.dataclass
@@ -44,15 +45,22 @@ class Scores:
     kind: str = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False)
     matrix: Array | None = None  # [T,L,L] the site-by-site metric, where the score has one
+    # Entries of a damage score that were measured above that of a narrower choice, and lowered.
+    violations: int = struct.field(pytree_node=False, default=0)
+
+
+# The width of an operand that stays in float32, wherever widths are integers.
+FLOAT_BITS = 32
 
 
 @struct.dataclass
 class Problem:
-    """Multiple-choice knapsack: pick one choice per site, least total value under the budgets.
+    """Multiple-choice knapsack: pick one choice per site, least total value under R budgets.
 
-    `legal` has at least one True per row (a pin leaves exactly one). Sites of equal `tie` must
-    take the same choice. `resources` exclude what no choice changes; that is in `fixed`, and a
-    choice is within budget when sum_l resources[r,l,choice_l] + fixed[r] <= budgets[r].
+    A choice is a pair (w_bits, a_bits), in ascending order; FLOAT_BITS twice is "keep the site in
+    float". `legal` has at least one True per row (a pin leaves exactly one). Sites of equal `tie`
+    must take the same choice. `resources` exclude what no choice changes; that is in `fixed`, and
+    choices are within budget when sum_l resources[r,l,choice_l] + fixed[r] <= budgets[r] for all r.
     """
 
     value: Array  # float64 [L,K], expected damage
@@ -64,16 +72,49 @@ class Problem:
     legal: Array  # bool [L,K]
     tie: Array  # int32 [L]
     parameters: Array  # int64 [L], weights per site (size_only ranks by it)
+    names: tuple[str, ...] = struct.field(pytree_node=False, default=())  # of the R resources
+
+
+class Status(enum.Enum):
+    """How a solver ended. The value is advice, to be shown with the allocation's numbers."""
+
+    OPTIMAL = "optimal: no allocation within the budgets is better"
+    ROUNDED = "within `gap` of the best; exact=True looks for what closes it"
+    NODE_LIMIT = "stopped at the node limit, within `gap` of the best; raise node_limit"
+    ITERATION_LIMIT = (
+        "the interior point stopped at its iteration cap: `bound` holds, but may be loose; look "
+        "for costs of very different size"
+    )
+    UNDECIDED = (
+        "the relaxation fits the budgets, but no allocation was found that does: exact=True "
+        "decides, or raise a budget a little"
+    )
+    INFEASIBLE = (
+        "no allocation fits the budgets: `nearest` holds for each resource the least budget that "
+        "fits with the others as they are (inf: none does); raise one to it, allow narrower "
+        "choices or pin fewer sites"
+    )
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the allocation is within the budgets."""
+        return self not in (Status.UNDECIDED, Status.INFEASIBLE)
 
 
 @struct.dataclass
 class Allocation:
-    """A solver's answer. `bound <= objective`; `gap = objective - bound`; feasible whenever
-    `status` is "optimal" or "rounded"."""
+    """A solver's answer. `bound <= objective`; `gap = objective - bound`, absolute.
 
-    choice: Array  # int32 [L], index into w_bits
+    Within the budgets where `status.feasible`; otherwise `choice` is the nearest that was found,
+    and objective and gap are infinite.
+    """
+
+    choice: Array  # int32 [L], index into the problem's choices
     objective: float
-    bound: float
+    bound: float  # no allocation has a smaller value
     gap: float
-    status: str = struct.field(pytree_node=False)
-    fractional: Array | None = None  # float64 [L], mean bits at the LP vertex
+    status: Status = struct.field(pytree_node=False)
+    fractional: Array | None = None  # float64 [L], mean w_bits at the LP vertex
+    # float64 [R], the LP's duals: damage that one more unit of each budget would save, >= 0.
+    price: Array | None = None
+    nearest: Array | None = None  # float64 [R], where INFEASIBLE

@@ -8,19 +8,21 @@
 most between two choices. With value linear in bits this is MPQ-Diff's and OMPQ's programme
 (arXiv 2412.00144, 2109.07865) in closed form.
 
+Several budgets, and exactness, are `interior`'s.
+
 `relax` is pure jnp: the number of operations traced depends neither on L nor on the number of
 budgets. It needs float64, so the functions below it open an x64 scope on the CPU.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqdiff.records import Allocation, Problem
-from mpqdiff.solve.feasible import check_budget, row, spent
+from mpqdiff.records import Allocation, Problem, Status
+from mpqdiff.solve import interior
+from mpqdiff.solve.feasible import Rows, budget_range, cheapest, check_budgets, limits, rows
 
 # Slopes closer than this are one line: its choices all stay steps, so that rounding is finer.
 COLLINEAR = 1e-12
@@ -33,6 +35,7 @@ class Relaxation(NamedTuple):
     objective: jax.Array  # float64 [M], value of `choice`
     bound: jax.Array  # float64 [M], value of the LP
     bits: jax.Array  # float64 [M,L], mean bits at the LP vertex
+    price: jax.Array  # float64 [M], slope of the first step that is not taken in full
 
 
 def hull(cost, value, legal):
@@ -75,7 +78,7 @@ def relax(value, cost, legal, w_bits, limits) -> Relaxation:
     # Rounding must not sort a step ahead of the one that it starts from.
     slope = jax.lax.cummin(slope, axis=1)
     order = jnp.argsort(-slope.reshape(-1), stable=True)
-    rise = rise.reshape(-1)[order]
+    density, rise = slope.reshape(-1)[order], rise.reshape(-1)[order]
     site, step = order // (choices - 1), order % (choices - 1)
     start = at_vertex[0][:, 0].sum()
     before = jnp.cumsum(rise) - rise
@@ -83,6 +86,7 @@ def relax(value, cost, legal, w_bits, limits) -> Relaxation:
     def one(limit):
         taken = jnp.clip((limit - start - before) / jnp.where(rise > 0, rise, 1.0), 0.0, 1.0)
         taken = jnp.where(rise > 0, taken, 0.0)
+        price = jnp.where((rise > 0) & (taken < 1), density, 0.0).max(initial=0.0)
         taken = jnp.zeros_like(taken).at[order].set(taken).reshape(sites, choices - 1)
         edge = jnp.ones((sites, 1), cost.dtype)
         # Share of each hull choice: a sum of positive terms, where summing gains would cancel.
@@ -104,6 +108,7 @@ def relax(value, cost, legal, w_bits, limits) -> Relaxation:
             objective=objective,
             bound=jnp.minimum(bound, objective),
             bits=(share * w_bits[vertex]).sum(axis=1),
+            price=price,
         )
 
     return jax.vmap(one)(limits)
@@ -112,45 +117,80 @@ def relax(value, cost, legal, w_bits, limits) -> Relaxation:
 _relax = jax.jit(relax)
 
 
-def _run(problem: Problem, budgets: Sequence[float]) -> Relaxation:
-    """`relax` in float64 on the CPU, whatever the default back end; host arrays."""
-    for budget in budgets:
-        check_budget(problem, float(budget))
-    rows = [row(problem, float(budget)) for budget in budgets]
-    value, cost, legal, _ = rows[0]
-    limits = np.asarray([one.limit for one in rows], np.float64)
-    clean = [np.where(legal, array, 0.0) for array in (value, cost)]
+def _least(table: Rows) -> float:
+    return float(np.where(table.legal, table.cost[0], np.inf).min(axis=1).sum())
+
+
+def _run(problem: Problem, budgets: np.ndarray) -> Relaxation:
+    """`relax` at `budgets` [M] in float64 on the CPU, whatever the default back end; host arrays.
+
+    A budget below the least is solved as if it were the least.
+    """
+    table = rows(problem)
+    enough = np.maximum(limits(problem, budgets[:, None])[:, 0], _least(table))
     bits = np.asarray(problem.w_bits, np.float64)
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return jax.tree.map(np.asarray, _relax(*clean, legal, bits, limits))
+        out = _relax(table.value, table.cost[0], table.legal, bits, enough)
+        return jax.tree.map(np.asarray, out)
 
 
-def _allocation(choice: Any, objective, bound, bits: Any) -> Allocation:
+def _infeasible(problem: Problem) -> Allocation:
+    table = rows(problem)
+    return Allocation(
+        choice=cheapest(table.cost[0], table.legal),
+        objective=np.inf,
+        bound=np.inf,
+        gap=np.inf,
+        status=Status.INFEASIBLE,
+        nearest=budget_range(problem)[0],
+    )
+
+
+def solve_many(problem: Problem, budgets) -> list[Allocation]:
+    """One allocation per budget of `budgets` [M] or [M,1], all in one compiled call.
+
+    `problem` has one row, and its own budget plays no part. `bound` is the LP's value, `price`
+    its dual and `fractional` its mean bits; OPTIMAL where the rounded choice reaches the bound
+    (to 1e-9 of it), else ROUNDED; INFEASIBLE below the least that can be spent.
+    """
+    budgets = check_budgets(problem, budgets)[:, 0]
+    fits = limits(problem, budgets[:, None])[:, 0] >= _least(rows(problem))
+    out = _run(problem, budgets)
+    return [
+        _allocation(*each) if ok else _infeasible(problem)
+        for ok, *each in zip(fits, *out, strict=True)
+    ]
+
+
+def _allocation(choice, objective, bound, bits, price) -> Allocation:
     objective, bound = float(objective), float(bound)
     gap = max(objective - bound, 0.0)
-    status = "optimal" if gap <= 1e-9 * abs(objective) else "rounded"
-    return Allocation(choice, objective, bound, gap, status, bits)
+    status = reached(objective, bound)
+    return Allocation(choice, objective, bound, gap, status, bits, np.asarray(price)[None])
 
 
-def solve_many(problem: Problem, budgets: Sequence[float]) -> list[Allocation]:
-    """One allocation per budget, all in one compiled call; `problem.budgets` plays no part.
+def reached(objective: float, bound: float) -> Status:
+    """OPTIMAL where the objective is the bound to 1e-9 of it, else ROUNDED."""
+    return Status.OPTIMAL if objective - bound <= 1e-9 * abs(objective) else Status.ROUNDED
 
-    `bound` is the LP's value and `fractional` its mean bits; status "optimal" when the rounded
-    choice reaches the bound (to 1e-9 of it). Raises InputError, stating the minimum, on a
-    budget below it.
+
+def solve(problem: Problem, *, exact: bool = False, node_limit: int = 10_000) -> Allocation:
+    """The allocation at the problem's own budgets: `solve_many`, or `interior.solve`.
+
+    The latter has several budgets, and those with one whose rounding leaves a gap that `exact`
+    asks to close, within `node_limit` nodes.
     """
-    out = _run(problem, budgets)
-    return [_allocation(*each) for each in zip(*out, strict=True)]
+    if len(np.asarray(problem.budgets)) > 1:
+        return interior.solve(problem, exact=exact, node_limit=node_limit)
+    answer = solve_many(problem, np.asarray(problem.budgets))[0]
+    if exact and answer.status is Status.ROUNDED:
+        return interior.solve(problem, exact=True, node_limit=node_limit)
+    return answer
 
 
-def solve(problem: Problem) -> Allocation:
-    """The allocation at the problem's own budget; see `solve_many`."""
-    return solve_many(problem, [float(np.asarray(problem.budgets)[0])])[0]
-
-
-def certify(problem: Problem, choice) -> Allocation:
-    """The record of a choice found by other means, int [L], with the LP's value as its bound."""
-    out = _run(problem, [float(np.asarray(problem.budgets)[0])])
-    objective = spent(np.asarray(problem.value, np.float64), choice)
-    choice = np.asarray(choice, np.int32)
-    return _allocation(choice, objective, min(float(out.bound[0]), objective), None)
+def bound(problem: Problem) -> tuple[float, np.ndarray]:
+    """(value, price [R]) of the LP at the problem's own budgets, which it fits."""
+    if len(np.asarray(problem.budgets)) > 1:
+        return interior.bound(problem)
+    out = _run(problem, np.asarray(problem.budgets, np.float64))
+    return float(out.bound[0]), np.asarray(out.price)

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 
 from mpqdiff.records import Allocation, Problem
-from mpqdiff.solve import lp
-from mpqdiff.solve.feasible import cheapest, every_step, fill, row
+from mpqdiff.solve.certify import begin, certify
+from mpqdiff.solve.feasible import every_step, fill, rows
 
 
 def solve(problem: Problem, *, key: jax.Array) -> Allocation:
     """From the cheapest choices, steps of all sites in an order drawn from `key` (consumed)."""
-    _, cost, legal, _ = row(problem)
-    steps = every_step(problem, range(len(cost)))
+    table = rows(problem)
+    steps = every_step(table, range(len(table.legal)))
     order = np.asarray(jax.random.permutation(key, len(steps)))
-    return lp.certify(problem, fill(problem, cheapest(cost, legal), steps[order]))
+    return certify(problem, fill(table, begin(problem), steps[order]))

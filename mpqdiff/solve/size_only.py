@@ -15,8 +15,8 @@ import numpy as np
 
 from mpqdiff.errors import InputError
 from mpqdiff.records import Allocation, Problem
-from mpqdiff.solve import lp
-from mpqdiff.solve.feasible import cheapest, every_step, fill, row, spent
+from mpqdiff.solve.certify import begin, certify
+from mpqdiff.solve.feasible import every_step, fill, fits, rows
 
 BISECTIONS = 200  # more than the exponent range of float64 can need
 
@@ -80,27 +80,69 @@ def round_nearest(x) -> np.ndarray:
     return np.rint(x).astype(np.int64)
 
 
-def solve(problem: Problem) -> Allocation:
-    """Projection on the budget, snapped down to legal choices, then raised by what was cut off.
+def widest_activations(w_bits: np.ndarray, a_bits: np.ndarray, legal: np.ndarray) -> np.ndarray:
+    """Of the legal choices of equal w_bits only that of most a_bits, bool [L,K]."""
+    keep = np.zeros_like(legal)
+    for width in np.unique(w_bits):
+        same = legal & (w_bits == width)
+        best = np.where(same, a_bits, -1).argmax(axis=1)
+        keep[np.arange(len(legal)), best] |= same.any(axis=1)
+    return keep
 
-    Between legal choices the cost is interpolated in bits. The steps left over go to the sites
-    that lost most by snapping, then to the smaller; the result fits the budget.
+
+def _interpolation(bits, cost, legal) -> Callable[[np.ndarray], np.ndarray]:
+    """Spending [R] at widths x [L], linear in bits between the legal choices of each site.
+
+    bits [K] ascending, cost [R,L,K], legal [L,K]; a site's x is within its legal widths.
     """
-    _, cost, legal, limit = row(problem)
+    grid = np.unique(bits)
+    curves = [
+        [np.interp(grid, bits[ok], c[ok]) for c, ok in zip(one, legal, strict=True)] for one in cost
+    ]
+    curve = np.asarray(curves)  # [R,L,grid]
+
+    def spending(x: np.ndarray) -> np.ndarray:
+        right = np.clip(np.searchsorted(grid, x, side="right"), 1, max(len(grid) - 1, 1))
+        low, high = grid[right - 1], grid[np.minimum(right, len(grid) - 1)]
+        share = np.where(high > low, (x - low) / np.where(high > low, high - low, 1), 0.0)
+        ends = [
+            np.take_along_axis(curve, np.minimum(at, len(grid) - 1)[None, :, None], axis=2)[..., 0]
+            for at in (right - 1, right)
+        ]
+        return ((1 - share) * ends[0] + share * ends[1]).sum(axis=1)
+
+    return spending
+
+
+def choose(problem: Problem) -> np.ndarray:
+    """Projection on the budgets, snapped down to legal choices, then raised by what was cut off;
+    returns int32 [L].
+
+    The widths are w_bits, each with the widest activations that are legal there; "keep float"
+    counts as 32. Between choices the cost is interpolated in bits. nu grows until every budget
+    holds: the scarcest decides. The steps left over go to the sites that lost most by snapping,
+    then to the smaller. Where no nu is enough, sites are raised from `certify.begin`, and with
+    any activations.
+    """
+    table = rows(problem)
     bits = np.asarray(problem.w_bits, np.float64)
+    widest = widest_activations(bits, np.asarray(problem.a_bits), table.legal)
     n = np.maximum(np.asarray(problem.parameters, np.float64), 1.0)
-    lo = np.where(legal, bits, np.inf).min(axis=1)
-    hi = np.where(legal, bits, -np.inf).max(axis=1)
-
-    def interpolated(x) -> float:
-        curves = zip(x, cost, legal, strict=True)
-        return sum(float(np.interp(b, bits[ok], c[ok])) for b, c, ok in curves)
-
-    x = _bisect(n, lo, hi, lambda x: interpolated(x) <= limit)
-    reached = legal & (bits <= (x + 1e-9)[:, None])
+    lo = np.where(widest, bits, np.inf).min(axis=1)
+    hi = np.where(widest, bits, -np.inf).max(axis=1)
+    spending = _interpolation(bits, table.cost, widest)
+    x = _bisect(n, lo, hi, lambda x: bool((spending(x) <= table.limit).all()))
+    reached = widest & (bits <= (x + 1e-9)[:, None])
     choice = np.where(reached, np.arange(len(bits)), 0).max(axis=1)
-    if spent(cost, choice) > limit:  # costs that do not rise with bits
-        choice = cheapest(cost, legal)
+    if fits(table, choice):
+        table = table._replace(legal=widest)
+    else:  # costs that do not rise with bits, or activations that are too wide everywhere
+        choice = begin(problem)
     lost = np.round(x - bits[choice], 9)
-    order = every_step(problem, np.lexsort((n, -lost)))
-    return lp.certify(problem, fill(problem, choice, order))
+    order = every_step(table, np.lexsort((n, -lost)))
+    return fill(table, choice, order)
+
+
+def solve(problem: Problem) -> Allocation:
+    """The record of `choose`."""
+    return certify(problem, choose(problem))

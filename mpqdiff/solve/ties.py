@@ -51,3 +51,20 @@ def expand(allocation: Allocation, group: np.ndarray) -> Allocation:
         choice=np.asarray(allocation.choice)[group],
         fractional=None if fractional is None else np.asarray(fractional)[group],
     )
+
+
+def on_groups(arguments: dict, group: np.ndarray) -> dict:
+    """A solver's `fitness` and `seeds` [P,L], which know sites, for a problem over groups."""
+    out = dict(arguments)
+    fitness, seeds = out.get("fitness"), out.get("seeds")
+    if fitness is not None:
+        out["fitness"] = lambda choices: fitness(choices[:, group])
+    if seeds is not None:
+        seeds = np.atleast_2d(np.asarray(seeds))
+        _, first = np.unique(group, return_index=True)
+        if seeds.shape[1:] != group.shape:
+            raise InputError(f"seeds have shape {seeds.shape}, expected [P,{len(group)}]")
+        if (seeds != seeds[:, first][:, group]).any():
+            raise InputError("seeds give tied sites different choices")
+        out["seeds"] = seeds[:, first]
+    return out

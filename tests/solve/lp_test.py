@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 
 from mpqdiff.aggregate import suffix_mean
 from mpqdiff.errors import InputError
+from mpqdiff.records import Status
 from mpqdiff.solve import budget_range, lp, solve, solve_many
 
 THETA = np.array([0.50780989, 0.44340873, 0.85416999])
@@ -82,7 +83,7 @@ def instances(draw):
 @given(instances())
 def test_bound_is_the_lp_and_rounding_is_feasible(make_problem, instance):
     value, cost, legal, share = instance
-    least, most = budget_range(make_problem(value, cost, 0, legal=legal))
+    (least,), (most,) = budget_range(make_problem(value, cost, 0, legal=legal))
     budget = least + share * (most - least)
     out = solve(make_problem(value, cost, budget, legal=legal), "lp")
     sites = np.arange(len(value))
@@ -104,12 +105,12 @@ def test_whole_number_costs_are_never_exceeded(make_problem):
     n = rng.integers(1, 10**7, (30, 1))
     cost, value = n * np.array([2, 3, 4, 8]), np.sort(rng.uniform(size=(30, 4)))[:, ::-1]
     problem = make_problem(value, cost, 0, bits=[2, 3, 4, 8])
-    least, most = budget_range(problem)
+    (least,), (most,) = budget_range(problem)
     budgets = [*np.linspace(least, most, 40).astype(int), int(least), int(most)]
     for budget, out in zip(budgets, solve_many(problem, budgets), strict=True):
         assert cost[np.arange(30), out.choice].sum() <= budget
     assert (out.choice == 3).all()
-    assert out.status == "optimal"
+    assert out.status is Status.OPTIMAL
 
 
 @pytest.mark.parametrize("theta", [THETA, suffix_mean(THETA)], ids=["plain", "suffix"])
@@ -119,7 +120,7 @@ def test_golden_allocation(linear_problem, theta):
     bits = np.arange(2, 9)[out.choice]
     np.testing.assert_array_equal(bits, [8, 2, 8])
     assert 4 * 550 - SIZES @ bits == 200
-    assert out.status == "rounded"
+    assert out.status is Status.ROUNDED
     np.testing.assert_allclose(out.gap, theta[1] / 2)
 
 
@@ -127,7 +128,7 @@ def test_rounding_keeps_the_widths_between_the_ends(linear_problem):
     out = solve(linear_problem(THETA, SIZES, 4 * 550 + 2 * 400 + 200))
     np.testing.assert_allclose(out.fractional, [8, 5, 8])
     np.testing.assert_array_equal(np.arange(2, 9)[out.choice], [8, 5, 8])
-    assert out.status == "optimal"
+    assert out.status is Status.OPTIMAL
 
 
 @pytest.mark.parametrize("bits", [(2, 8), (2, 3, 4, 5, 6, 7, 8), (2, 4, 8)])
@@ -147,7 +148,7 @@ def test_more_budget_never_takes_bits_away(make_problem):
     value = np.sort(rng.uniform(size=(9, 5)))[:, ::-1]
     cost = np.cumsum(rng.uniform(0.1, 1, (9, 5)), axis=1)
     problem = make_problem(value, cost, 0)
-    budgets = np.linspace(*budget_range(problem), 25)
+    budgets = np.linspace(*budget_range(problem), 25)[:, 0]
     out = solve_many(problem, budgets)
     assert (np.diff([o.fractional for o in out], axis=0) >= -1e-9).all()
     assert (np.diff([o.bound for o in out]) <= 1e-12).all()
@@ -198,7 +199,7 @@ def test_hull_skips_choices_that_a_mixture_beats(make_problem):
     np.testing.assert_array_equal(vertex, [[0, 2, 2]] * 2)
     out = solve(make_problem(value, cost, 3.0))
     np.testing.assert_array_equal(out.choice, [2, 0])
-    assert out.status == "optimal"
+    assert out.status is Status.OPTIMAL
 
 
 def test_a_single_choice_per_site(make_problem):
@@ -246,9 +247,65 @@ def test_double_precision_stays_inside(linear_problem):
     assert not jax.config.jax_enable_x64
 
 
-def test_below_the_minimum_states_it(linear_problem):
-    with pytest.raises(InputError, match="below the minimum 1100"):
-        solve(linear_problem(THETA, SIZES, 1099))
-    with pytest.raises(InputError, match="below the minimum 1100"):
-        solve_many(linear_problem(THETA, SIZES, 0), [2000, 1000])
-    assert solve(linear_problem(THETA, SIZES, 1100)).choice.sum() == 0
+def dual(problem, price, budget):
+    """The Lagrangian bound at `price`: what holds whatever the price, and is tight at the best."""
+    value = np.where(problem.legal, problem.value + price * problem.resources[0], np.inf)
+    return value.min(axis=1).sum() - price * (budget - problem.fixed[0])
+
+
+def test_the_price_is_the_dual(make_problem):
+    rng = np.random.default_rng(6)
+    value, cost = rng.uniform(size=(9, 5)), rng.uniform(0.1, 1, (9, 5))
+    problem = make_problem(value, cost, 0, fixed=2.0)
+    (least,), (most,) = budget_range(problem)
+    budgets = np.linspace(least, most, 12)
+    for budget, out in zip(budgets, solve_many(problem, budgets), strict=True):
+        assert out.price.shape == (1,)
+        np.testing.assert_allclose(dual(problem, out.price[0], budget), out.bound, atol=1e-9)
+    assert out.price[0] == 0  # all the budget cannot be used
+    assert solve_many(problem, [np.inf])[0].price[0] == 0
+
+
+def test_golden_price(linear_problem):
+    # Site 1 is raised at 2200: half a unit of value for 400 of cost. At 7500 nothing is left.
+    at = solve_many(linear_problem(THETA, SIZES, 0), [2200, 550 * 8, 1100])
+    np.testing.assert_allclose(at[0].price, THETA[1] / 400)
+    np.testing.assert_allclose(at[1].price, 0)
+    np.testing.assert_allclose(at[2].price, (THETA / SIZES).max())
+
+
+def test_below_the_minimum_is_infeasible_and_says_the_minimum(linear_problem):
+    problem = linear_problem(THETA, SIZES, 1099, fixed=30)
+    fits, out = solve_many(problem, [1130, 1129])
+    assert fits.choice.sum() == 0 and fits.status.feasible
+    assert out.status is Status.INFEASIBLE
+    np.testing.assert_array_equal(out.nearest, [1130])
+    assert out.objective == out.gap == np.inf
+    np.testing.assert_array_equal(out.choice, 0)
+    assert solve(problem).status is Status.INFEASIBLE
+
+
+def test_exact_closes_the_gap_of_one_budget(make_problem):
+    rng = np.random.default_rng(8)
+    closed = 0
+    for _ in range(6):
+        value = np.sort(rng.uniform(size=(5, 4)))[:, ::-1]
+        cost = np.cumsum(rng.uniform(0.1, 1, (5, 4)), axis=1)
+        budget = cost[:, 1].sum() + rng.uniform()
+        problem = make_problem(value, cost, budget)
+        rounded, out = solve(problem), solve(problem, exact=True)
+        best = brute_force(value, cost, problem.legal, budget)
+        assert out.status is Status.OPTIMAL
+        np.testing.assert_allclose(out.objective, best)
+        closed += rounded.objective > out.objective
+    assert closed > 0
+    assert solve(make_problem(value, cost, 0.0), exact=True).status is Status.INFEASIBLE
+
+
+def test_budgets_of_another_shape_or_nan_are_refused(linear_problem):
+    problem = linear_problem(THETA, SIZES, 2200)
+    for budgets in (2200.0, [], [[1.0, 2.0]]):
+        with pytest.raises(InputError, match=r"budgets have shape .*, expected \[M\] or \[M,1\]"):
+            solve_many(problem, budgets)
+    with pytest.raises(InputError, match="expected numbers"):
+        solve_many(problem, [2200, np.nan])

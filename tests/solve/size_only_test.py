@@ -5,7 +5,13 @@ import pytest
 
 from mpqdiff.errors import InputError
 from mpqdiff.solve import solve
-from mpqdiff.solve.size_only import projection, round_nearest, round_search
+from mpqdiff.solve.size_only import (
+    choose,
+    projection,
+    round_nearest,
+    round_search,
+    widest_activations,
+)
 
 MB_IN_BITS = 8 * 2**20
 RESNET_18 = np.array(
@@ -102,3 +108,59 @@ def test_bad_input():
         projection([10, 20], 59, 2.0, 4.0)
     with pytest.raises(InputError, match="at least 1"):
         projection([10, 0], 100, 2.0, 4.0)
+
+
+W_BITS, A_BITS = np.array([4, 4, 8, 8, 32]), np.array([4, 8, 4, 8, 32])
+
+
+def pairs(make_problem, budgets, legal=None):
+    n = np.array([10.0, 100.0, 1000.0])[:, None]
+    cost = [n * W_BITS, n * W_BITS * A_BITS]
+    return make_problem(
+        np.zeros((3, 5)), cost, budgets, bits=W_BITS, a_bits=A_BITS, legal=legal, parameters=n[:, 0]
+    )
+
+
+def test_widths_come_with_the_widest_activations():
+    keep = widest_activations(W_BITS, A_BITS, np.ones((2, 5), bool))
+    np.testing.assert_array_equal(keep, [[False, True, False, True, True]] * 2)
+    pinned = widest_activations(W_BITS, A_BITS, np.array([[True, False, True, False, False]]))
+    np.testing.assert_array_equal(pinned, [[True, False, True, False, False]])
+
+
+def test_the_scarcest_of_two_budgets_decides(make_problem):
+    bits, operations = 6.0 * 1110, 45_000.0
+    alone = choose(pairs(make_problem, [bits, np.inf]))
+    np.testing.assert_array_equal(alone, [4, 3, 1])
+    # That takes 48 640 operations: 10 * 32 * 32 + 100 * 8 * 8 + 1000 * 4 * 8.
+    both = choose(pairs(make_problem, [bits, operations]))
+    np.testing.assert_array_equal(both, [3, 3, 1])
+
+
+def test_no_site_is_below_the_projection_on_both_budgets(make_problem):
+    # By a search in steps: the largest clip(32 - nu n, 4, 32) within both, snapped down.
+    rng, grid = np.random.default_rng(0), np.array([4, 8, 32])
+    for _ in range(20):
+        n = rng.integers(10, 1000, (8, 1))
+        cost = np.stack([n * W_BITS, n * W_BITS * A_BITS])
+        budget = [rng.uniform(6, 20) * n.sum(), rng.uniform(4.5, 20) * 8 * n.sum()]
+        wide = cost[:, :, [1, 3, 4]]
+        for nu in np.linspace(0, 3, 4000):
+            x = np.clip(32 - nu * n[:, 0], 4, 32)
+            used = [sum(np.interp(b, grid, c) for b, c in zip(x, row, strict=True)) for row in wide]
+            if (np.array(used) <= budget).all():
+                break
+        snapped = np.array([1, 3, 4])[(x[:, None] >= grid).sum(axis=1) - 1]
+        problem = make_problem(
+            np.zeros((8, 5)), cost, budget, bits=W_BITS, a_bits=A_BITS, parameters=n[:, 0]
+        )
+        out = choose(problem)
+        assert (out >= snapped).all()
+        assert set(out) <= {1, 3, 4}
+
+
+def test_activations_are_narrowed_where_the_widest_never_fit(make_problem):
+    problem = pairs(make_problem, [np.inf, 20.0 * 1110])
+    out = choose(problem)
+    assert (problem.resources[:, np.arange(3), out].sum(axis=1) <= problem.budgets).all()
+    assert 0 in out

@@ -8,7 +8,6 @@ over a chunk of them; chunks are sized by a memory budget.
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,34 +72,10 @@ def _range(args):
     return low, jnp.stack([jnp.maximum(operand.max(), 0.0) for operand in operands])
 
 
-def _output_errors(module, kind, args, out, w_bits, requantize):
-    """Relative squared error of the output at each width, [K]: |x (W_b - W)|^2 / |x W|^2."""
-    if kind == "product":
-        return jnp.zeros((len(w_bits),))
-    leaves = module.variables["params"]
-    linear = module.clone(parent=None, name=None)
-    bias = {"bias": jnp.zeros_like(leaves["bias"])} if "bias" in leaves else {}
-    power = jnp.mean((out - leaves.get("bias", 0.0)) ** 2)
-
-    def error(bits):
-        change = requantize(leaves["kernel"], bits) - leaves["kernel"]
-        return jnp.mean(linear.apply({"params": {"kernel": change, **bias}}, *args) ** 2)
-
-    return jnp.stack([error(bits) for bits in w_bits]) / jnp.maximum(power, 1e-30)
-
-
-def one_timestep(
-    denoise: Denoise,
-    sites: Sequence[Site],
-    *,
-    grams: bool = True,
-    w_bits: Sequence[int] = (),
-    requantize: Callable[[Any, int], Any] | None = None,
-) -> Callable:
+def one_timestep(denoise: Denoise, sites: Sequence[Site], *, grams: bool = True) -> Callable:
     """The reductions of one timestep: `(params, x_t [N,H,W,C], t [N], cond) -> dict`.
 
-    Keys: gram [L,N,N], row_sums [L,N] (with `grams`), input_min and input_max [L,2], and
-    output_error [L,K] where `w_bits` and `requantize(kernel, bits) -> kernel` are given.
+    Keys: gram [L,N,N], row_sums [L,N] (with `grams`), input_min and input_max [L,2].
     """
     wanted = {site.path for site in sites}
 
@@ -111,8 +86,6 @@ def one_timestep(
         taken: dict[str, jax.Array] = {"input_min": low, "input_max": high}
         if grams:
             taken["gram"], taken["row_sums"] = centred_gram(out)
-        if w_bits:
-            taken["output_error"] = _output_errors(module, kind, args, out, w_bits, requantize)
         return taken
 
     observed = intercept.observe(denoise, reduce, proceed=_once_reduced)
@@ -172,8 +145,6 @@ def record(
     sites: Sequence[Site],
     *,
     memory_gb: float = 1.0,
-    w_bits: Sequence[int] = (),
-    requantize: Callable | None = None,
     chunks: Callable = lambda count, compute: [compute(i) for i in range(count)],
 ) -> Statistics:
     """Reduce one pass over x_ts [T,N,H,W,C] at `timesteps` [T] with cond [N] to Statistics.
@@ -189,7 +160,7 @@ def record(
             f"recording got {len(sites)} sites, x_ts {x_ts.shape} and timesteps {timesteps.shape}; "
             "expected a site or more, [T,N,H,W,C] and [T]"
         )
-    one = one_timestep(denoise, sites, w_bits=tuple(w_bits), requantize=requantize)
+    one = one_timestep(denoise, sites)
     over_timesteps = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, None)))
     count = -(-total // timesteps_per_chunk(sites, samples, memory_gb))
     size = -(-total // count)
@@ -218,7 +189,6 @@ def record(
         time_only=detect_time_only(denoise, params, x_ts[0], timesteps[0], cond, sites),
         input_min=joined["input_min"],
         input_max=joined["input_max"],
-        output_error=joined.get("output_error"),
     )
 
 

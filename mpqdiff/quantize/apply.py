@@ -163,51 +163,76 @@ def integer_denoise(
         # Held apart: XLA would repeat the lookup inside every elementwise loop that scales.
         row = None if online else lax.optimization_barrier(activations.row(params["steps"], t))
 
-        def ranges(path, operand, x, bits):
-            if row is None:
-                scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / qmax(bits)
-                return jnp.where(scale > 0, scale, 1.0), None
-            column = columns[path][operand]
-            return tuple(_against(value[..., column], x, path) for value in row)
-
-        def weight_product(site, module, x):
-            entry, bits = params["sites"][site.path], a_bits[site.path]
-            x = _patches(module, x) if site.kind == "conv" else x
-            scale, zero = ranges(site.path, 0, x, bits)
-            return matmul(
-                x,
-                unpackers[site.path](entry["qvalue"]),
-                scale,
-                zero if "colsum" in entry else None,
-                entry["scale"],
-                entry.get("colsum"),
-                entry.get("bias"),
-                x_bits=bits,
+        def operate(site, module, *args):
+            return integer_site(
+                site,
+                module,
+                args,
+                params["sites"].get(site.path),
+                row,
+                columns[site.path],
+                a_bits[site.path],
+                open_=unpackers.get(site.path),
+                matmul=matmul,
             )
 
-        def product(site, module, lhs, rhs):
-            bits = a_bits[site.path]
-            sides = (lhs, bits["lhs"], 0), (rhs, bits["rhs"], 1)
-            scales = [ranges(site.path, operand, x, width)[0] for x, width, operand in sides]
-            if row is None:  # one scale per tensor: tokens are contracted or batched by equation
-                scales = [jnp.max(jnp.abs(x)) / qmax(width) + 1e-30 for x, width, _ in sides]
-            left, right = (
-                quantize_activation(x, scale, 0, width)
-                for (x, width, _), scale in zip(sides, scales, strict=True)
-            )
-            acc = jnp.einsum(module.equation, left, right, preferred_element_type=jnp.int32)
-            scale = jnp.ravel(scales[0] * scales[1])
-            return acc * scale.reshape((-1,) + (1,) * (acc.ndim - 1))
-
-        run = {"dense": weight_product, "conv": weight_product, "product": product}
         operations = {
-            site.path: partial(run[site.kind], site)
+            site.path: partial(operate, site)
             for site in sites
             if runs_in_integers(a_bits[site.path])
         }
         return intercept.rewrite(denoise, operations)(params["float"], x_t, t, cond)
 
     return integer
+
+
+def integer_site(
+    site: Site, module, args, tensors, row, columns, bits, *, open_=None, matmul=quantized_matmul
+):
+    """The integer product of one call `module(*args)` of `site`: float in, float out.
+
+    tensors: qvalue (what `open_` turns into int8 [K,N]), scale, and colsum and bias where there
+    are any; row: scales and zero points [..., A] of this step, or None for online ones; columns:
+    the site's own of the A; bits: `a_bits` of a plan, which may be traced.
+    """
+    if site.kind == "product":
+        return _activation_product(site, module, args, row, columns, bits)
+    (x,) = args
+    x = _patches(module, x) if site.kind == "conv" else x
+    scale, zero = _scales(site.path, x, row, columns[0], bits)
+    return matmul(
+        x,
+        open_(tensors["qvalue"]) if open_ else tensors["qvalue"],
+        scale,
+        zero if "colsum" in tensors else None,
+        tensors["scale"],
+        tensors.get("colsum"),
+        tensors.get("bias"),
+        x_bits=bits,
+    )
+
+
+def _activation_product(site, module, args, row, columns, bits):
+    widths = bits["lhs"], bits["rhs"]
+    sides = list(zip(args, widths, columns, strict=True))
+    scales = [_scales(site.path, x, row, column, width)[0] for x, width, column in sides]
+    if row is None:  # one scale per tensor: tokens are contracted or batched by equation
+        scales = [jnp.max(jnp.abs(x)) / qmax(width) + 1e-30 for x, width, _ in sides]
+    left, right = (
+        quantize_activation(x, scale, 0, width)
+        for (x, width, _), scale in zip(sides, scales, strict=True)
+    )
+    acc = jnp.einsum(module.equation, left, right, preferred_element_type=jnp.int32)
+    scale = jnp.ravel(scales[0] * scales[1])
+    return acc * scale.reshape((-1,) + (1,) * (acc.ndim - 1))
+
+
+def _scales(path: str, x, row, column: int, bits):
+    """(scale, zero point or None) of operand x: from the step's row, or per token online."""
+    if row is None:
+        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / qmax(bits)
+        return jnp.where(scale > 0, scale, 1.0), None
+    return tuple(_against(value[..., column], x, path) for value in row)
 
 
 def _against(value, x, path: str):

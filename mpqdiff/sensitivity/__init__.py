@@ -3,11 +3,20 @@
 The scores need different inputs (their signatures say which), so the caller supplies them.
 """
 
-from mpqdiff.sensitivity import orthogonality, output_error, random, weight_error
+from mpqdiff.sensitivity import (
+    eps_error,
+    orthogonality,
+    output_error,
+    random,
+    rollout_error,
+    weight_error,
+)
 
 SCORES = {
     "orthogonality": orthogonality.score,
-    "output_error": output_error.score,
     "weight_error": weight_error.score,
+    "output_error": output_error.score,
+    "eps_error": eps_error.score,
+    "rollout_error": rollout_error.score,
     "random": random.score,
 }

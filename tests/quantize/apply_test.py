@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mpqdiff import intercept
-from mpqdiff.costs import RESOURCES
-from mpqdiff.costs.bytes import total
+from mpqdiff.costs.bytes import device_bytes
 from mpqdiff.errors import InputError
 from mpqdiff.quantize import apply
 from mpqdiff.quantize.activations import Table
@@ -74,7 +73,10 @@ def test_bytes_are_what_the_planner_counts(tiny):
         assert any(flags)
         assert not all(flags)
         fixed = apply.fixed_cost(tiny.params, sites, rows=len(table.timesteps))["bytes"]
-        expected = total(sites, plan.w_bits, flags, fixed, RESOURCES["bytes"])
+        expected = fixed + sum(
+            device_bytes(site, plan.w_bits[site.path] or 0, flag)
+            for site, flag in zip(sites, flags, strict=True)
+        )
         assert tiny.build(plan).bytes == expected
 
 

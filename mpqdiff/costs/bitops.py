@@ -7,9 +7,13 @@ product; no padding is added by the integer products.
 
 from collections.abc import Sequence
 
+from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sites import Remainder, Site
 
-FLOAT_BITS = 32
+
+def site_bitops(site: Site, w_bits: int, a_bits: int) -> float:
+    """BitOPs of `site` per image and step; both operands of a product have `a_bits`."""
+    return float(site.macs * a_bits * (w_bits if site.parameters else a_bits))
 
 
 def bitops(

@@ -6,9 +6,8 @@ output channel for the zero-point correction. In the file every width is bit-pac
 sums are not stored: they follow from the weights.
 """
 
-from collections.abc import Sequence
-
 from mpqdiff.quantize.pack import packed_bytes
+from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sites import Site
 
 FLOAT = 4  # bytes of a float32 or an int32
@@ -19,9 +18,12 @@ def _out(site: Site) -> int:
 
 
 def device_bytes(site: Site, bits: int, asymmetric: bool) -> int:
-    """Bytes passed to the compiled program for `site` at `bits`; 0 for a product."""
-    if not site.parameters:
-        return 0
+    """Bytes passed to the compiled program for `site` at `bits`; 0 for a product.
+
+    FLOAT_BITS is a site kept in float: its float32 kernel and bias.
+    """
+    if bits == FLOAT_BITS or not site.parameters:
+        return FLOAT * (site.parameters + site.bias)
     rows = site.parameters // _out(site)
     packed = packed_bytes((rows, _out(site)), bits)
     return packed + FLOAT * (_out(site) * (2 if asymmetric else 1) + site.bias)
@@ -29,9 +31,8 @@ def device_bytes(site: Site, bits: int, asymmetric: bool) -> int:
 
 def file_bytes(site: Site, bits: int, asymmetric: bool) -> int:
     """Bytes of `site` in the saved file, bit-packed; 0 for a product."""
-    del asymmetric
-    if not site.parameters:
-        return 0
+    if bits == FLOAT_BITS or not site.parameters:
+        return device_bytes(site, bits, asymmetric)
     return -(-site.parameters * bits // 8) + FLOAT * (_out(site) + site.bias)
 
 
@@ -42,9 +43,3 @@ def fixed_bytes(float_leaf_bytes: int, rows: int, columns: int) -> dict[str, flo
     """
     table = rows * columns * (FLOAT + 1) + rows * FLOAT
     return {name: float(float_leaf_bytes + table) for name in ("bytes", "file_bytes")}
-
-
-def total(sites: Sequence[Site], w_bits, asymmetric: Sequence[bool], fixed: float, resource) -> int:
-    """`resource(site, bits, asymmetric)` over the planned sites plus `fixed`."""
-    pairs = zip(sites, asymmetric, strict=True)
-    return int(sum(resource(site, w_bits.get(site.path, 0), flag) for site, flag in pairs) + fixed)

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 
 from mpqdiff.errors import InputError
-from mpqdiff.report import figures, tables
+from mpqdiff.report import figures, front, tables
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class ReportData:
 
     results: dict  # results.json; arm 0 is the float model
     plan: dict  # plan.json
-    sites: list[dict]  # path, kind, shape, parameters, macs, pinned, time_only, reason
+    # path, kind, shape, parameters, macs, pinned, time_only, reason; and bias (their number) and
+    # asymmetric, without which the bytes of a site are of its weights alone
+    sites: list[dict]
     remainder: list[dict]  # operations left in float by closure: name, macs
     timesteps: np.ndarray  # int [T], descending
     importance: np.ndarray  # float [T,L]
@@ -39,7 +41,8 @@ class ReportData:
     environment: dict
     command: str
     stages: list[dict]  # name, seconds, cached
-    pareto: list[dict] | None = None  # bytes and objective of the best plan at each budget
+    pareto: dict | None = None  # pareto.json, of `mpqdiff.pareto.points`
+    explain: list[dict] | None = None  # of `mpqdiff.explain.explain`, for the plan
     arm: str | None = None  # the arm that runs `plan`; None: the first of the plan's system
     plans: dict[str, dict] = field(default_factory=dict)  # plan.json of other arms, by arm
 
@@ -49,7 +52,34 @@ def write(path, data: ReportData) -> None:
 
     Raises InputError where the data do not fit together or the path cannot be written.
     """
-    path, text = Path(path), render(data)
+    replace(Path(path), render(data))
+
+
+def write_pareto(path, pareto: dict, results: dict | None = None) -> None:
+    """Write the front of `pareto.json` as a page of its own to `path`, whole or not at all.
+
+    The arms of `results.json`, where given, are drawn with it. Raises InputError where the front
+    has no feasible point, `pareto` is no front, or the path cannot be written.
+    """
+    pareto = tables.finite(pareto)
+    arms = tables.finite(results or {}).get("arms") or []
+    figure = front.pareto(pareto, arms, None)
+    if figure is None:
+        raise InputError(
+            f"none of the {len(pareto['points'])} budgets of the front fits a plan: raise the "
+            "other budgets, or allow narrower choices"
+        )
+    values = {
+        "figure": figure,
+        "pareto": pareto,
+        "points": pareto["points"],
+        "resources": pareto["resources"],
+    }
+    replace(Path(path), page("pareto.html.jinja", values))
+
+
+def replace(path: Path, text: str) -> None:
+    """Put `text` in the place of the file at `path`; InputError where that cannot be done."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -65,22 +95,42 @@ def write(path, data: ReportData) -> None:
         ) from error
 
 
-def render(data: ReportData) -> str:
-    """The page as text. Raises InputError where the data do not fit together."""
+def page(name: str, values: dict) -> str:
+    """Template `name` with `values` and what every page needs."""
     from plotly.offline import get_plotlyjs
 
+    def source(name: str) -> str:
+        return files("mpqdiff.report").joinpath(name).read_text("utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shared = {
+        "plotly_js": Markup(get_plotlyjs()),
+        "embed": embed,
+        "shown": tables.shown,
+        "whole": tables.whole,
+        "amount": tables.amount,
+        "small": tables.small,
+        "prefixed": tables.prefixed,
+    }
+    return environment.get_template(name).render(shared | values)
+
+
+def render(data: ReportData) -> str:
+    """The page as text. Raises InputError where the data do not fit together."""
     lost: list[str] = []
     results, plan = tables.finite(data.results, lost), tables.finite(data.plan, lost)
     plans = {name: tables.finite(other) for name, other in data.plans.items()}
     validate(data, results, {"the plan": plan, **plans})
     arms, chosen = results["arms"], chosen_arm(results["arms"], plan, data.arm)
     sites, remainder = tables.finite(data.sites), tables.finite(data.remainder)
+    reasons = tables.finite(data.explain or [])
     values = {
-        "plotly_js": Markup(get_plotlyjs()),
-        "embed": embed,
-        "shown": tables.shown,
-        "whole": tables.whole,
-        "prefixed": tables.prefixed,
         "results": results,
         "plan": plan,
         "arms": arms,
@@ -96,6 +146,9 @@ def render(data: ReportData) -> str:
         "strips": {name: (*figures.strip(value), len(value))
                    for name, value in data.images.items()},
         "rows": tables.site_rows(sites, plan),
+        "complete": all(s.get("bias") is not None for s in sites if s.get("parameters")),
+        "reasons": tables.reasons(reasons),
+        "prices": tables.prices(reasons),
         "share": tables.integer_share(sites, remainder, plan),
         "remainder": sorted(remainder, key=lambda op: -(op.get("macs") or 0)),
         "environment": tables.finite(data.environment),
@@ -103,11 +156,7 @@ def render(data: ReportData) -> str:
         "command": data.command,
         "lost": lost,
     }  # fmt: skip
-    source = files("mpqdiff.report").joinpath("page.html.jinja").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source).render(values)
+    return page("page.html.jinja", values)
 
 
 HEADLINE = tables.QUALITY + tables.SPEED
@@ -125,7 +174,7 @@ def drawn(data: ReportData, arms, chosen, plan, plans) -> list[figures.Figure]:
     if data.matrix is not None:
         found.append(figures.orthogonality(np.asarray(data.matrix), data.site_paths))
     if data.pareto:
-        found.append(figures.pareto(tables.finite(data.pareto), chosen))
+        found.append(front.pareto(tables.finite(data.pareto), arms, chosen))
     return [figure for figure in found if figure is not None]
 
 

@@ -120,13 +120,15 @@ def pair(arm: dict, key: str) -> bool:
     return arm.get("bytes") is not None and arm.get(key) is not None
 
 
-def point(arm: dict, key: str, interval: str | None, index: int, chosen: bool) -> dict:
-    """One arm as a marker with its interval."""
+def point(
+    arm: dict, key: str, interval: str | None, index: int, chosen: bool, x: float | None = None
+) -> dict:
+    """One arm as a marker with its interval, at its bytes or at `x`."""
     trace = {
         "type": "scatter",
         "mode": "markers",
         "name": safe(arm["arm"]),
-        "x": [arm["bytes"]],
+        "x": [arm["bytes"] if x is None else x],
         "y": [arm[key]],
         "marker": {
             "size": 15 if chosen else 9,
@@ -263,32 +265,6 @@ def heat(value: np.ndarray) -> dict:
            "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"}  # fmt: skip
     return {"type": "heatmap", "z": rows, "colorscale": SEQUENTIAL, "colorbar": bar, "xgap": 1,
             "ygap": 1}  # fmt: skip
-
-
-def pareto(points: list[dict], chosen: dict) -> Figure:
-    """The predicted damage of the best plan at each budget (dicts with bytes and objective)."""
-    if missing := [p for p in points if p.get("bytes") is None or p.get("objective") is None]:
-        raise InputError(f"pareto point {missing[0]!r} lacks 'bytes' or 'objective'; give both")
-    points = sorted(points, key=lambda p: p["bytes"])
-    front = {"type": "scatter", "mode": "lines+markers", "name": "predicted",
-             "x": [p["bytes"] for p in points], "y": [p["objective"] for p in points],
-             "line": {"color": ACCENT},
-             "hovertemplate": "%{x:,} bytes<br>%{y:.5g}<extra></extra>"}  # fmt: skip
-    looks = layout(
-        360,
-        showlegend=False,
-        xaxis={"title": {"text": "device bytes"}},
-        yaxis={"title": {"text": "predicted damage (objective)"}},
-    )
-    if chosen.get("bytes") is not None:
-        looks["shapes"] = [{"type": "line", "x0": chosen["bytes"], "x1": chosen["bytes"], "y0": 0,
-                            "y1": 1, "yref": "paper",
-                            "line": {"color": MUTED, "dash": "dash"}}]  # fmt: skip
-    caption = (
-        "What the solver expects at each budget, not a measurement; the dashed line marks the "
-        "bytes of the plan of this report."
-    )
-    return Figure("pareto", "Predicted damage against budget", caption, [front], looks)
 
 
 def strip(images: np.ndarray, gap: int = 1) -> tuple[str, int, int]:

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpqdiff.quantize.pack import packed_bytes
+from mpqdiff.records import FLOAT_BITS
+
 DASH = "–"
 INDICATIVE_BELOW = 2000  # images; under it a Frechet distance ranks arms poorly
 
@@ -87,6 +90,11 @@ def prefixed(value) -> str:
     """1.234e12 -> "1.234 T" (SI prefixes from k to E)."""
     power = 0 if value == 0 else min(max(int(math.log10(abs(value)) // 3), 0), 6)
     return f"{value / 1000**power:.4g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}".strip()
+
+
+def amount(value) -> str:
+    """Bytes, operations, seconds: whole with thousands from 1000 up, else six digits."""
+    return whole(value) if abs(value) >= 1000 else f"{value:.6g}"
 
 
 def percent(value) -> str:
@@ -250,15 +258,21 @@ def mean_bits(value) -> float | None:
     return None if value is None else float(value)
 
 
-def packed_bytes(parameters: int, entry: dict) -> float:
-    """Device bytes of a site's weights, scales excluded: every stored width is paid for.
+def site_bytes(site: dict, entry: dict) -> float:
+    """Device bytes of a site with weights: every stored width is paid for, float32 takes 4.
 
-    Widths up to 2, 4 and 8 bits take 0.25, 0.5 and 1 byte; float32 takes 4.
+    With `bias` (a count) in `site`, also float32 biases and scales, and column sums where
+    `asymmetric`: then it is what `costs.bytes.device_bytes` counts.
     """
+    parameters, out = site["parameters"], site["shape"][-1]
+    bias = 4.0 * (site.get("bias") or 0)
     if entry.get("w_bits") is None:
-        return 4.0 * parameters
+        return 4.0 * parameters + bias
     widths = entry.get("stored_bits") or np.unique(entry["w_bits"]).tolist()
-    return parameters * sum(0.25 if b <= 2 else 0.5 if b <= 4 else 1.0 for b in widths)
+    packed = float(sum(packed_bytes((parameters // out, out), b) for b in widths))
+    if site.get("bias") is None:
+        return packed
+    return packed + bias + 4.0 * out * len(widths) * (2 if site.get("asymmetric") else 1)
 
 
 def site_rows(sites: list[dict], plan: dict) -> list[dict]:
@@ -270,6 +284,7 @@ def site_rows(sites: list[dict], plan: dict) -> list[dict]:
         notes = [word for flag, word in (("pinned", "pinned"), ("time_only", "time only"))
                  if site.get(flag)]  # fmt: skip
         in_float = entry.get("w_bits") is None and (weights or entry.get("a_bits") is None)
+        nbytes = site_bytes(site, entry) if weights else None
         rows.append({
             "index": index + 1,
             "path": site["path"],
@@ -279,7 +294,8 @@ def site_rows(sites: list[dict], plan: dict) -> list[dict]:
             "macs": shown(site.get("macs"), prefixed),
             "w_bits": "float" if in_float else shown(entry.get("w_bits")),
             "a_bits": "float" if in_float else shown(entry.get("a_bits")),
-            "bytes": whole(packed_bytes(weights, entry)) if weights else DASH,
+            "bytes": shown(nbytes, whole),
+            "sort": {"parameters": weights, "macs": site.get("macs") or 0, "bytes": nbytes or 0},
             "in_float": in_float,
             "notes": ", ".join([*notes, site["reason"]] if site.get("reason") else notes),
         })  # fmt: skip
@@ -293,3 +309,54 @@ def integer_share(sites: list[dict], remainder: list[dict], plan: dict) -> float
     rows = site_rows(sites, plan)
     planned = sum(n for n, row in zip(macs, rows, strict=True) if not row["in_float"])
     return planned / total if total else None
+
+
+class Sortable(NamedTuple):
+    """A cell of a table that the page can sort: `text` is shown, `sort` decides its place."""
+
+    text: str
+    sort: float | None
+
+
+def reasons(rows: list[dict]) -> list[dict]:
+    """The rows of `mpqdiff.explain.explain` as cells: the choice, its steps, and the verdict.
+
+    Changes are shown as what a wider step saves and costs, and a narrower one adds and frees.
+    """
+    return [
+        {
+            "path": row["path"],
+            "bits": _widths(row),
+            "wider": _widths(row["wider"]),
+            "saves": _change(row["wider"], "damage", -1),
+            "costs": _change(row["wider"], "priced", 1),
+            "narrower": _widths(row["narrower"]),
+            "adds": _change(row["narrower"], "damage", 1),
+            "frees": _change(row["narrower"], "priced", -1),
+            "reduced": Sortable(shown(row["reduced_cost"], "{:.3g}".format), row["reduced_cost"]),
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    ]
+
+
+def prices(rows: list[dict]) -> str:
+    """The prices that `reasons` refers to, in a sentence."""
+    price = rows[0]["price"] if rows else None
+    if price is None:
+        return "The allocation does not come from the linear programme and has no prices."
+    each = ", ".join(f"{value:.4g} per unit of {name}" for name, value in price.items())
+    return f"Prices, in damage: {each}."
+
+
+def _widths(entry: dict | None) -> Sortable:
+    if entry is None:
+        return Sortable(DASH, 0)
+    w, a = entry["w_bits"], entry["a_bits"]
+    return Sortable("float" if w == FLOAT_BITS else f"{w} x {a}", 100 * w + a)
+
+
+def _change(step: dict | None, key: str, sign: int) -> Sortable:
+    """A change of a step, by the sign that the column's title has."""
+    value = None if step is None or step[key] is None else sign * step[key] + 0.0  # no -0
+    return Sortable(shown(value, "{:.3g}".format), value)

@@ -14,8 +14,12 @@ import plotly.graph_objects as go
 import pytest
 
 from mpqdiff import report
+from mpqdiff.costs.bytes import device_bytes
 from mpqdiff.errors import InputError
+from mpqdiff.quantize import pack
 from mpqdiff.report import tables
+from mpqdiff.report.front import pareto
+from mpqdiff.sites import Site
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "random </script x> <script>alert(1)</script> </style <!-- & co"
@@ -85,6 +89,43 @@ def plan(system, seed):
     }  # fmt: skip
 
 
+def front(resources=("bytes", "seconds")):
+    """pareto.json: eight budgets of bytes under one of seconds; the first fits no plan."""
+    points = []
+    for i in range(8):
+        spent = {"bytes": 599000.0 + 30000 * i, "seconds": 0.021 + 0.0007 * i}
+        budgets = {"bytes": 600000.0 + 30000 * i, "seconds": 0.03}
+        found = {"predicted": {name: spent[name] for name in resources}, "objective": 3 / (i + 1),
+                 "bound": 2.8 / (i + 1), "gap": 0.2 / (i + 1), "status": "rounded",
+                 "average_bits": 3.0 + i / 2,
+                 "sites": {path: [4, 8] for path in PATHS}}  # fmt: skip
+        if i == 0:
+            found = {**dict.fromkeys(found), "status": "infeasible", "sites": {}}
+        if i == 7:
+            found |= {"status": "optimal", "gap": 0.0, "bound": found["objective"]}
+        points.append({"budgets": {name: budgets[name] for name in resources}, **found})
+    return {"schema": 1, "resources": list(resources), "points": points}
+
+
+def explained():
+    """Rows of `mpqdiff.explain.explain`; the first at the narrowest, the last kept in float."""
+
+    def step(w_bits, damage, priced):
+        return {"w_bits": w_bits, "a_bits": 8, "damage": damage, "cost": {"bytes": 1e9 * priced},
+                "priced": priced}  # fmt: skip
+
+    rows = []
+    for i, path in enumerate(PATHS):
+        rows.append({
+            "path": path, "w_bits": 4, "a_bits": 8, "mean_bits": 4.0, "tied": [], "best": [4, 8],
+            "wider": step(8, -0.001 * (i + 1), 0.02), "narrower": step(2, 0.5, -0.01),
+            "price": {"bytes": 1.25e-9}, "reduced_cost": 0.0, "verdict": f"4 bit, reason {i}",
+        })  # fmt: skip
+    rows[0] |= {"w_bits": 2, "narrower": None, "verdict": EVIL}
+    rows[-1] |= {"w_bits": 32, "a_bits": 32, "wider": None, "reduced_cost": 1e-4}
+    return rows
+
+
 def site(path):
     product, first = "scores" in path, path in ("patch_embed", "final/linear")
     return {
@@ -92,6 +133,7 @@ def site(path):
         "shape": [196, 196] if product else [96, 288], "parameters": 0 if product else 27648,
         "macs": 1354752, "pinned": first, "time_only": "adaln" in path,
         "reason": "excluded by config.sites.skip" if path == "pooler" else None,
+        "bias": 0 if product else 288, "asymmetric": "mlp" in path,
     }  # fmt: skip
 
 
@@ -116,7 +158,7 @@ def data():
         command="mpqdiff run --config=configs/quickstart.py --workdir=runs/quickstart",
         stages=[{"name": "record", "seconds": 31.25, "cached": False},
                 {"name": "solve", "seconds": 0.5, "cached": True}],
-        pareto=[{"bytes": 600000 + 50000 * i, "objective": 3.0 / (i + 1)} for i in range(6)],
+        pareto=front(), explain=explained(),
         plans={"uniform": plan("uniform", 2), EVIL: plan("random", 3)},
     )  # fmt: skip
 
@@ -217,8 +259,9 @@ def test_all_sections_and_arms(page, data):
     names = {name for name, _, _ in page.numbers}
     assert names == {a["arm"] for a in data.results["arms"]}
     assert {"quality", "pareto", "bits", "importance", "orthogonality", "menu-quality",
-            "menu-bits", "table-quality", "table-speed", "table-further", "table-sites",
-            "table-left", "table-stages", "table-environment", "command"} <= page.ids  # fmt: skip
+            "menu-pareto", "menu-bits", "table-why", "table-quality", "table-speed",
+            "table-further", "table-sites", "table-left",
+            "table-stages", "table-environment", "command"} <= page.ids  # fmt: skip
     assert page.counts["img"] == len(data.images)
 
 
@@ -269,6 +312,89 @@ def test_figures_are_valid_plotly(data):
     )
 
 
+def drawn_in(figure, index):
+    """The traces that choice `index` of a figure's menu shows."""
+    pairs = zip(figure.data, figure.choices[index].visible, strict=True)
+    return [trace for trace, show in pairs if show]
+
+
+def drawn_front(*args):
+    figure = pareto(*args)
+    assert figure is not None
+    return figure
+
+
+def test_the_front_and_the_arms_on_one_axis():
+    rows = tables.finite(arms())
+    figure = drawn_front(front(), rows, rows[1])
+    go.Figure(figure.data, figure.layout)
+    bound, dots, *measured = drawn_in(figure, 0)
+    assert bound["x"] == [600000.0 + 30000 * i for i in range(1, 8)]  # at the budgets
+    assert dots["x"] == [599000.0 + 30000 * i for i in range(1, 8)]  # at what is spent
+    assert dots["y"] == [3 / (i + 1) for i in range(1, 8)] and min(dots["y"]) == bound["y"][-1]
+    assert dots["marker"]["symbol"] == ["circle-open"] * 6 + ["circle"]
+    assert {m["name"]: (m["x"], m["y"], m["yaxis"]) for m in measured} == {
+        "mpq_diff": ([701234], [0.00123456789012345], "y2"),
+        "uniform": ([700111], [0.0013], "y2"),
+        html.escape(EVIL, quote=False): ([700888], [0.0021], "y2"),
+    }
+    assert figure.layout["xaxis"]["title"]["text"] == "device bytes"
+    assert figure.layout["shapes"][0]["x0"] == 701234 and figure.layout["yaxis"]["type"] == "linear"
+    # Seconds are not swept: no bound; the arms' milliseconds become seconds.
+    dots, *measured = drawn_in(figure, 1)
+    assert dots["name"] == "plans" and dots["x"][0] == pytest.approx(0.0217)
+    assert [m["x"] for m in measured] == [[pytest.approx(0.02390123)], [pytest.approx(0.02401)]]
+    assert "1 of 8 budgets fit no plan" in figure.caption
+
+
+def test_a_front_without_arms_or_plans():
+    rows = tables.finite(arms())
+    figure = drawn_front(front(["bytes"]), rows[:1], rows[1])
+    assert not figure.menu and figure.layout["yaxis2"]["visible"] is False
+    assert figure.layout["yaxis"]["domain"] == [0.0, 1.0] and "Below" not in figure.caption
+    none = front()
+    none["points"] = none["points"][:1]
+    assert pareto(none, rows, rows[1]) is None
+    steep = front()
+    steep["points"][7] |= {"objective": 1e-3, "bound": 1e-3}
+    assert drawn_front(steep, rows, rows[1]).layout["yaxis"]["type"] == "log"
+
+
+def test_reasons_have_the_sign_of_their_column():
+    first, second, *_, last = tables.reasons(explained())
+    assert [first[key].text for key in ("bits", "wider", "saves", "costs")] == [
+        "2 x 8", "8 x 8", "0.001", "0.02"]  # fmt: skip
+    assert first["narrower"].text == first["adds"].text == first["frees"].text == tables.DASH
+    assert (second["adds"].text, second["frees"].text) == ("0.5", "0.01")
+    assert last["bits"].text == "float" and last["reduced"].text == "0.0001"
+    assert tables.prices(explained()) == "Prices, in damage: 1.25e-09 per unit of bytes."
+    bare = [row | {"price": None, "reduced_cost": None} for row in explained()]
+    assert "no prices" in tables.prices(bare)
+
+
+@pytest.mark.parametrize("results", [None, {"schema": 1, "arms": arms()}])
+def test_a_front_on_its_own(tmp_path, results):
+    path = tmp_path / "pareto.html"
+    report.write_pareto(path, front(), results)
+    page = Page(path.read_text("utf-8"))
+    assert json.loads(page.text["pareto-data"]) == front()
+    assert {"pareto", "table-points", "errors"} <= page.ids and page.counts["tr"] == 9
+    assert not [r for r in page.references if not r.startswith(("#", "data:"))]
+    assert ("measured, on" in path.read_text("utf-8")) == (results is not None)
+    if results is None:  # the panels of both are drawn in the report
+        document, _ = in_browser(path, tmp_path)
+        assert "main-svg" in drawing(document, "pareto")
+        assert "measured x0 MSE" not in drawing(document, "pareto")
+
+
+def test_a_front_that_fits_nothing_is_refused(tmp_path):
+    none = front()
+    none["points"] = none["points"][:1]
+    with pytest.raises(InputError, match="none of the 1 budgets"):
+        report.write_pareto(tmp_path / "p.html", none)
+    assert not list(tmp_path.iterdir())
+
+
 def test_intervals_decide_ties():
     psnr, kid = (next(c for c in tables.QUALITY if c.key == key) for key in ("psnr", "kid"))
     rows = tables.finite(arms())
@@ -297,12 +423,32 @@ def test_indicative_below_2000_images():
 
 def test_bytes_and_share_of_a_plan(data):
     rows = {row["path"]: row for row in tables.site_rows(data.sites, data.plan)}
-    assert rows["patch_embed"]["bytes"] == "27,648" and rows["pooler"]["bytes"] == "110,592"
-    assert tables.packed_bytes(100, {"w_bits": [4, 3], "stored_bits": [3, 4]}) == 100
+    assert rows["patch_embed"]["bytes"] == f"{27648 + 8 * 288:,}"
+    assert rows["pooler"]["bytes"] == f"{4 * (27648 + 288):,}"
     assert rows["blocks_0/scores"]["a_bits"] == "lhs 8; rhs 8" and rows["pooler"]["in_float"]
     assert tables.integer_share(data.sites, data.remainder, data.plan) == pytest.approx(
         14 * 1354752 / (15 * 1354752 + 12544)
     )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_bytes_of_a_site_are_those_of_the_planner(bits, asymmetric):
+    known = Site("a", "dense", (3, 5, 7), 105, 7, 0, "a")
+    row = {"parameters": 105, "shape": [3, 5, 7]}
+    entry = {"w_bits": bits, "stored_bits": [bits]}
+    whole = tables.site_bytes(row | {"bias": 7, "asymmetric": asymmetric}, entry)
+    assert whole == device_bytes(known, bits, asymmetric)
+    assert tables.site_bytes(row, entry) == pack.packed_bytes((15, 7), bits)
+    none = device_bytes(replace(known, shape=(3, 5, 7), bias=0), bits, False)
+    twice = tables.site_bytes(row | {"bias": 0}, {"w_bits": [bits, 4], "stored_bits": [bits, 4]})
+    assert twice == none + device_bytes(replace(known, bias=0), 4, False)
+
+
+def test_the_note_says_what_the_bytes_are(data):
+    assert "packed weights, scales, bias and column sums." in report.render(data)
+    bare = [{k: v for k, v in site.items() if k != "bias"} for site in data.sites]
+    assert "scales and biases are counted in the arm" in report.render(replace(data, sites=bare))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +461,11 @@ def test_bytes_and_share_of_a_plan(data):
         ({"arm": "nobody"}, "nobody"),
         ({"images": {"float32": np.zeros((2, 8, 8, 2), np.uint8)}}, "C 1 or 3"),
         ({"plans": {"ghost": plan("ghost", 0)}}, "ghost"),
-        ({"pareto": [{"bytes": 1}]}, "objective"),
+        (
+            {"pareto": {"schema": 1, "resources": ["bytes"], "points": [{"budgets": {}}]}},
+            "points lack .*'objective'",
+        ),
+        ({"pareto": front() | {"schema": 3}}, "front of schema 3"),
     ],
 )
 def test_unusable_input_leaves_the_old_file(data, tmp_path, changes, message):
@@ -335,10 +485,14 @@ def test_smoke_results_without_metrics(data, tmp_path):
     bare = [arm("float32", "float32", 32.0, 4317027, "float"), arm("p", "mpq_diff", 4.6, 700000)]
     report.write(tmp_path / "r.html", replace(
         data, results={"schema": 1, "protocol": {}, "arms": bare}, matrix=None, pareto=None,
-        plans={}, images={}, remainder=[]))  # fmt: skip
+        explain=None, plans={}, images={}, remainder=[]))  # fmt: skip
     page = Page((tmp_path / "r.html").read_text("utf-8"))
     check_numbers(page)
-    assert "bits" in page.ids and not {"quality", "orthogonality", "menu-bits"} & page.ids
+    assert (
+        "bits" in page.ids
+        and not {"quality", "orthogonality", "menu-bits", "pareto", "front", "why", "table-why"}
+        & page.ids
+    )
 
 
 def test_simulated_arms_claim_no_speed(data):
@@ -373,15 +527,19 @@ def test_browser_draws_every_figure(path, tmp_path):
     for name in ("importance", "orthogonality"):
         assert 'href="data:image/png' in drawing(document, name)  # the cells of the heat map
     assert drawing(document, "bits").count('class="point"') == len(PATHS)
+    assert "measured x0 MSE" in drawing(document, "pareto")
     assert "Paired PSNR, dB" in drawing(document, "quality")
     assert not [r for r in page.references if not r.startswith(("#", "data:"))]
     check_numbers(page)
 
 
 def test_browser_menus_change_the_figures(path, tmp_path):
-    choose = """<script>for (const [id, at] of [["menu-quality", 3], ["menu-bits", 1]]) {
+    choose = """<script>for (const [id, at] of [["menu-quality", 3], ["menu-bits", 1],
+                                                  ["menu-pareto", 1]]) {
       const menu = document.getElementById(id); menu.value = at;
-      menu.dispatchEvent(new Event("change")); }</script></body>"""
+      menu.dispatchEvent(new Event("change")); }
+      const saves = document.querySelectorAll("#table-why th")[3];
+      saves.click(); saves.click();</script></body>"""
     changed = tmp_path / "changed.html"
     changed.write_text(path.read_text("utf-8").replace("</body>", choose), "utf-8")
     document, _ = in_browser(changed, tmp_path)
@@ -390,3 +548,8 @@ def test_browser_menus_change_the_figures(path, tmp_path):
     assert ">float32<" in quality  # the line of the float model
     assert "random &lt;/script x&gt; &lt;script&gt;alert(1)" in quality  # in the legend, as text
     assert drawing(document, "bits").count('class="point"') == 2 * len(PATHS)
+    assert "seconds per image" in drawing(document, "pareto")
+    assert "lower bound" not in drawing(document, "pareto")
+    order = re.findall(r"<th scope=\"row\">([^<]*)", document.split('id="table-why"', 1)[1])
+    # Descending by what a wider step saves; the one without such a step comes last.
+    assert order[: len(PATHS)] == [*reversed(PATHS[:-1]), PATHS[-1]]

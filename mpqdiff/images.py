@@ -4,11 +4,13 @@ Convention: uint8 u stands for u / 127.5 - 1, so -1 is black, 1 is white, and al
 survive a round trip. Rounding is half to even: the float grey 0.0 (127.5) becomes 128.
 Everything past the sampler (features, metrics, files) takes uint8; an image already in [0, 1]
 that is scaled a second time comes out washed out, so nothing else in the package scales images.
+`evaluate.image_folder` reads and writes sets of uint8 images and never converts any.
 """
 
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,9 +34,14 @@ def to_uint8(x) -> np.ndarray:
     return np.clip(np.rint((x + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def from_uint8(images) -> np.ndarray:
-    """float32 in [-1, 1] of uint8 `images` [...]. Raises InputError on another dtype."""
-    return _uint8(images).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+def from_uint8(images) -> Any:
+    """float32 in [-1, 1] of uint8 `images` [...], a host, device or traced array as they are.
+
+    Raises InputError on another dtype.
+    """
+    images = images if hasattr(images, "astype") else np.asarray(images)
+    _check_uint8(images)
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def save_png(path, image) -> None:
@@ -80,6 +87,10 @@ def save_grid(path, images, *, columns: int | None = None, gap: int = 1) -> None
 
 def _uint8(images) -> np.ndarray:
     images = np.asarray(images)
+    _check_uint8(images)
+    return images
+
+
+def _check_uint8(images) -> None:
     if images.dtype != np.uint8:
         raise InputError(f"got images of dtype {images.dtype}, expected uint8: call to_uint8 first")
-    return images

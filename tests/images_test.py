@@ -1,5 +1,9 @@
 """The uint8 boundary: every level survives, rounding is half to even, files are lossless."""
 
+import re
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,3 +81,27 @@ def test_unusable_shapes(tmp_path):
     with pytest.raises(InputError, match="columns=0"):
         images.grid(np.zeros((2, 4, 4, 1), np.uint8), columns=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_level_survives_inside_a_compiled_function():
+    levels = np.arange(256, dtype=np.uint8)
+    floats = jax.jit(images.from_uint8)(levels)
+    assert isinstance(floats, jax.Array)
+    np.testing.assert_array_equal(images.to_uint8(floats), levels)
+    np.testing.assert_allclose(floats, images.from_uint8(levels), rtol=0, atol=2.5e-7)
+    with pytest.raises(InputError, match="expected uint8"):
+        jax.jit(images.from_uint8)(levels.astype(np.int32))
+    with pytest.raises(InputError, match="expected uint8"):
+        images.from_uint8([0, 1])
+
+
+def test_nothing_else_in_the_package_makes_pixels_of_floats():
+    """A second conversion somewhere is how images get washed out."""
+    package = Path(images.__file__).parent
+    scaling = re.compile(r"\* *(np\.float32\()?(127\.5|255|127\.0|128\.0)\b")
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if scaling.search(path.read_text())
+    }
+    assert found == {"images.py"}

@@ -8,9 +8,10 @@ are comparable on the same network and the same reference alone.
 import hashlib
 import io
 import json
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,37 +26,11 @@ from safetensors.numpy import load as load_tensors
 from tqdm import tqdm
 
 from mpqdiff.errors import InputError, unknown_name
+from mpqdiff.evaluate import inception, inception_weights
+from mpqdiff.evaluate.classifier import ImageClassifier
 
 ZOO = Path(__file__).parents[1] / "weights" / "zoo"
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
-
-
-class ImageClassifier(nn.Module):
-    """Convolutions with max pooling, a linear layer of `num_features`, a linear head over it.
-
-    The penultimate layer has no activation of its own: its covariance then has full rank, where
-    rectified units that never fire would make it singular. Products run at the highest
-    precision, so that features agree between CPU, GPU and TPU.
-    """
-
-    image_shape: tuple[int, int, int]
-    convolutions: tuple[tuple[int, int, int], ...]  # (width, window, pool size)
-    num_features: int
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, images):
-        """`images` uint8 [n,H,W,C] -> (features float32 [n,D], logits float32 [n,classes])."""
-        x = images.astype(jnp.float32) / 127.5 - 1.0
-        for width, window, pool in self.convolutions:
-            x = nn.Conv(width, (window, window), use_bias=False, precision="highest")(x)
-            n, height, breadth, _ = x.shape
-            x = x.reshape(n, height // pool, pool, breadth // pool, pool, width).max((2, 4))
-            x = nn.relu(nn.GroupNorm(8)(x))
-        x = x.reshape(x.shape[0], -1)
-        features = nn.Dense(self.num_features, precision="highest", name="features")(x)
-        logits = nn.Dense(self.num_classes, precision="highest", name="logits")(features)
-        return features, logits
 
 
 NETWORKS = {
@@ -68,14 +43,33 @@ NETWORKS = {
 }
 
 
+class Features(NamedTuple):
+    """What a network says of n images, float32 arrays of n rows."""
+
+    features: Any  # [n,D]
+    logits: Any  # [n,classes]
+    spatial: Any = None  # [n,S], of sFID; None where the network has none
+
+
 class FeatureNetwork(NamedTuple):
-    """`apply(images uint8 [n,H,W,C]) -> (features [n,D], logits [n,classes])`, compiled once per
-    n; `hash` is the sha256 of the weights file, by which references are matched."""
+    """A network with its weights; `apply` compiles once per n (Inception's resize once per size).
+
+    A distance in its features is FID, without a qualifier, where `is_fid` says so; `name` tells
+    the network, its way with pixels, and weights that are not the public ones.
+    """
 
     name: str
-    hash: str
-    apply: Callable[[Any], tuple[jax.Array, jax.Array]]
-    image_shape: tuple[int, int, int]
+    hash: str  # sha256 of the weights file, with the way with pixels where it is not the usual one
+    apply: Callable[[Any], Features]  # of images uint8 [n,H,W,C]
+    image_shape: tuple[int, int, int] | None  # None: any height and width, 1 or 3 channels
+    batch: int = 500  # images at a time
+    is_fid: bool = False
+
+    def accepts(self, image_shape: Sequence[int]) -> bool:
+        """Whether images of this (H, W, C) can be put in."""
+        if self.image_shape is not None:
+            return tuple(image_shape) == self.image_shape
+        return len(image_shape) == 3 and min(image_shape) > 0 and image_shape[2] in (1, 3)
 
 
 class Reference(NamedTuple):
@@ -102,19 +96,30 @@ class Reference(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(module: ImageClassifier, params, images) -> tuple[jax.Array, jax.Array]:
-    """Features and logits of `images` uint8 [n,H,W,C] under `params`; compiled once per n."""
+def forward(module: nn.Module, params, images) -> tuple[jax.Array, ...]:
+    """The outputs of `module` for `images` [n,H,W,C] under `params`; compiled once per n."""
     return cast(Any, module.apply({"params": params}, images))
 
 
-def load(name: str = "fashion_classifier", *, folder: Path = ZOO) -> FeatureNetwork:
-    """The shipped feature network `name`, weights from `folder/name.safetensors`.
+def load(
+    name: str = "fashion_classifier", *, weights: str | Path | None = None, folder: Path = ZOO
+) -> FeatureNetwork:
+    """The feature network `name`: an embedded one, weights from `folder/name.safetensors`, or an
+    Inception-v3 (`inception.CONVENTIONS`) with the public file, or one like it, at `weights`.
 
-    Raises InputError on an unknown name, and on weights that are missing, cut short, of other
-    shapes than the network's, or not finite.
+    Weights other than the public file's are used under the name `name_unverified`, with a
+    warning. Raises InputError on an unknown name, on `weights` missing or not wanted, and on a
+    file that is missing, cut short, of other shapes than the network's, or not finite.
     """
+    if name in inception.CONVENTIONS:
+        return _load_inception(name, weights)
     if name not in NETWORKS:
-        raise unknown_name("feature network", name, NETWORKS)
+        raise unknown_name("feature network", name, (*NETWORKS, *inception.CONVENTIONS))
+    if weights:
+        raise InputError(
+            f"weights={str(weights)!r}: {name} has weights of its own; leave them out, or name one "
+            f"of {', '.join(inception.CONVENTIONS)}"
+        )
     module = NETWORKS[name]
     path = Path(folder) / f"{name}.safetensors"
     payload = _read(path)
@@ -133,31 +138,93 @@ def load(name: str = "fashion_classifier", *, folder: Path = ZOO) -> FeatureNetw
         raise _unusable(path, f"values that are not finite in {', '.join(bad)}")
     params = unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in found.items()}, sep="/")
     digest = hashlib.sha256(payload).hexdigest()
-    return FeatureNetwork(name, digest, partial(forward, module, params), module.image_shape)
+    return FeatureNetwork(name, digest, partial(_apply, module, params), module.image_shape)
+
+
+def _apply(module: nn.Module, params, images) -> Features:
+    return Features(*forward(module, params, images))
+
+
+def _apply_inception(params, images, *, convention: str) -> Features:
+    return _apply(inception.Inception(), params, inception.prepare(images, convention=convention))
+
+
+def _load_inception(name: str, weights: str | Path | None) -> FeatureNetwork:
+    if not weights:
+        raise InputError(
+            f"feature network {name!r} has no weights here and downloads none; give the path of "
+            "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's name) or "
+            "weights-inception-2015-12-05-6726825d.pth (torch-fidelity's), or of its conversion"
+        )
+    params, digest, is_fid = inception_weights.read(weights)
+    if not is_fid:
+        warnings.warn(
+            f"{weights} is not the public file of FID (sha256 {digest[:8]}, not "
+            f"{inception_weights.FID_SHA256}): its numbers are of {name}_unverified, not FID",
+            stacklevel=3,
+        )
+    return FeatureNetwork(
+        name=name if is_fid else f"{name}_unverified",
+        hash=digest if name == inception.DEFAULT else f"{digest}-{name}",
+        apply=partial(_apply_inception, params, convention=name),
+        image_shape=None,
+        batch=inception.BATCH,
+        is_fid=is_fid,
+    )
+
+
+def stream(
+    network: FeatureNetwork, images: np.ndarray, *, batch: int | None = None
+) -> Iterator[Features]:
+    """Outputs of `images` uint8 [n,H,W,C], `batch` (default: the network's) rows at a time.
+
+    Only one batch is ever held as float; the last is padded, so that the network compiles once.
+    Raises InputError on images that are not uint8, not of the network's shape, or none at all.
+    """
+    batch = network.batch if batch is None else batch
+    shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
+    if dtype != np.uint8 or not network.accepts(shape[1:]) or shape[0] == 0 or batch < 1:
+        wanted = map(str, network.image_shape or ("H", "W", "1 or 3"))
+        raise InputError(
+            f"images of shape {shape}, type {dtype}, batch={batch}: {network.name} takes uint8 "
+            f"[n, {', '.join(wanted)}] with n and batch at least 1; round samples to uint8 first"
+        )
+    starts = range(0, shape[0], batch)
+    text, single = f"features ({network.name})", len(starts) == 1
+    for start in tqdm(starts, desc=text, delay=2.0, disable=single):
+        rows = np.asarray(images[start : start + batch])
+        padded = np.pad(rows, ((0, batch - len(rows)), (0, 0), (0, 0), (0, 0)))
+        outputs = network.apply(padded)
+        yield Features(*(None if x is None else np.asarray(x)[: len(rows)] for x in outputs))
+
+
+def collect(network: FeatureNetwork, images: np.ndarray, *, batch: int | None = None) -> Features:
+    """All outputs of `images` at once, as `stream` gives them: some 20 kB an image for Inception.
+    Statistics of many images are better taken from `stream`."""
+    return Features(*_gather(stream(network, images, batch=batch), len(images)))
 
 
 def extract(
-    network: FeatureNetwork, images: np.ndarray, *, batch: int = 500
+    network: FeatureNetwork, images: np.ndarray, *, batch: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 [n,D] and logits float32 [n,classes] of `images` uint8 [n,H,W,C].
-
-    Works in batches of `batch`, the last one padded, so that the network compiles once. Raises
-    InputError on images that are not uint8, not of the network's shape, or none at all.
-    """
-    shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
-    if dtype != np.uint8 or shape[1:] != network.image_shape or shape[0] == 0 or batch < 1:
-        raise InputError(
-            f"images of shape {shape}, type {dtype}, batch={batch}: {network.name} takes uint8 "
-            f"[n, {', '.join(map(str, network.image_shape))}] with n and batch at least 1; round "
-            "samples to uint8 first"
-        )
-    outputs = []
-    for start in tqdm(range(0, shape[0], batch), desc=f"features ({network.name})", delay=2.0):
-        rows = np.asarray(images[start : start + batch])
-        padded = np.pad(rows, ((0, batch - len(rows)), (0, 0), (0, 0), (0, 0)))
-        outputs.append([np.asarray(out)[: len(rows)] for out in network.apply(padded)])
-    features, logits = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+    """Features float32 [n,D] and logits float32 [n,classes] of `images`, as `collect` without the
+    spatial ones."""
+    outputs = (part._replace(spatial=None) for part in stream(network, images, batch=batch))
+    features, logits, _ = _gather(outputs, len(images))
     return features, logits
+
+
+def _gather(parts: Iterator[Features], n: int) -> list:
+    """One array of n rows per field, filled in place: `concatenate` would need twice the room."""
+    filled, whole = 0, []
+    for part in parts:
+        whole = whole or [None if x is None else np.empty((n, *x.shape[1:]), x.dtype) for x in part]
+        count = len(part.features)
+        for rows, array in zip(part, whole, strict=True):
+            if array is not None:
+                array[filled : filled + count] = rows
+        filled += count
+    return whole
 
 
 def load_reference(

@@ -3,7 +3,7 @@
 MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j)
 
 The estimator is unbiased at every n, so unlike FID it may be slightly negative and may be
-compared across different n. Kernels are float64, in chunks of rows; only row sums are kept.
+compared across different n. Kernels are float64, in square tiles; only row sums are kept.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from mpqdiff.errors import InputError
-from mpqdiff.evaluate.frechet import finite_features
+from mpqdiff.evaluate.statistics import finite_features
 
 
 class KernelDistance(NamedTuple):
-    """An MMD^2 with its standard error (None where there are too few images for one)."""
+    """An MMD^2 with its standard error and `values` [n], each image's jackknife pseudo-value.
+
+    The mean of these is `value`. Both are None where there are too few images for them.
+    """
 
     value: float
     standard_error: float | None
+    values: np.ndarray | None = None
 
 
 def kernel_distance(features, reference, *, chunk: int = 1024) -> KernelDistance:
@@ -42,13 +46,16 @@ def kernel_distance(features, reference, *, chunk: int = 1024) -> KernelDistance
         (n - 1) * m
     )
     variance = (n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)
-    return KernelDistance(float(value), float(np.sqrt(variance)))
+    pseudo = n * value - (n - 1) * (left_out + reference_term)
+    return KernelDistance(float(value), float(np.sqrt(variance)), pseudo)
 
 
 def subset_kernel_distance(
-    features, reference, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0
+    features, reference, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 2020
 ) -> tuple[float, float]:
     """KID as usually published: (mean, standard deviation) of MMD^2 over random subset pairs.
+
+    The subsets are drawn as torch-fidelity draws them, so its seed (2020) gives its numbers.
 
     The subsets overlap, so the deviation says how a single subset scatters and is no standard
     error of the mean; `kernel_distance` has that. Raises InputError as it does, and when
@@ -60,11 +67,12 @@ def subset_kernel_distance(
             f"got subset_size={subset_size}, num_subsets={num_subsets} for sets of {len(x)} and "
             f"{len(y)}; expected a size from 2 to {min(len(x), len(y))} and at least one subset"
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.RandomState(seed)
     values = []
     for _ in range(num_subsets):
-        rows = rng.permutation(len(x))[:subset_size], rng.permutation(len(y))[:subset_size]
-        values.append(kernel_distance(x[rows[0]], y[rows[1]]).value)
+        own = rng.choice(len(x), subset_size, replace=False)
+        real = rng.choice(len(y), subset_size, replace=False)
+        values.append(kernel_distance(x[own], y[real]).value)
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -84,12 +92,20 @@ def _kernel(x, y):
 
 
 def _row_sums(x, y, chunk: int) -> np.ndarray:
-    """sum_j k(x_i, y_j), [n]."""
-    return np.concatenate(
-        [_kernel(x[i : i + chunk], y).sum(axis=1) for i in range(0, len(x), chunk)]
-    )
+    """sum_j k(x_i, y_j), [n]; only one tile of rows is held in float64."""
+    sums = np.zeros(len(x))
+    for i in range(0, len(x), chunk):
+        rows = x[i : i + chunk].astype(np.float64)
+        for j in range(0, len(y), chunk):
+            tile = _kernel(rows, y[j : j + chunk].astype(np.float64))
+            sums[i : i + chunk] += tile.sum(axis=1)
+    return sums
 
 
 def _within_sums(x, chunk: int) -> np.ndarray:
     """sum_{j != i} k(x_i, x_j), [n]."""
-    return _row_sums(x, x, chunk) - (np.sum(x * x, axis=1) / x.shape[1] + 1.0) ** 3
+    sums = _row_sums(x, x, chunk)
+    for i in range(0, len(x), chunk):
+        rows = x[i : i + chunk].astype(np.float64)
+        sums[i : i + chunk] -= (np.sum(rows * rows, axis=1) / x.shape[1] + 1.0) ** 3
+    return sums

@@ -12,28 +12,49 @@ from mpqdiff.errors import InputError
 INDICATIVE_BELOW = 2000  # images; fewer give a set metric whose bias and noise are both large
 
 _REFERENCE = "features {feature_space} ({feature_hash}), against {reference} (n={reference_count})"
-_FRECHET = "Frechet distance, " + _REFERENCE + ", 95 % delete-20 % jackknife"
+_FRECHET = "Frechet distance, " + _REFERENCE + ", 95 % jackknife"
 _FLOAT = "against the float arm on the same seeds, 95 % t interval over images"
+
+OFFER = (
+    "cut both to the seeds they share (on_shared_seeds), which gives equal numbers of images, and "
+    "evaluate both again"
+)
 
 # The metrics of sets of images are noisy and (but for KID) biased at few images.
 SET_METRICS = {
     "fid": _FRECHET,
+    "fid_infinity": "FID extrapolated to infinitely many images, "
+    + _REFERENCE
+    + ", 95 % jackknife",
+    "sfid": "Frechet distance of spatial features, " + _REFERENCE + ", 95 % jackknife",
     "delta_fid": _FRECHET + " on common subsamples, minus the float arm's",
     "damage": "(FID - floor) / (ceiling - floor), floor: n test images, ceiling: float model at "
     "{ceiling_steps} steps, " + _REFERENCE,
     "kid": "unbiased cubic-kernel MMD^2, " + _REFERENCE + ", 95 % delete-one jackknife",
-    "is": "inception score, 1 split, logits of {feature_space} ({feature_hash})",
-    "precision": "k-NN precision, k=3, " + _REFERENCE + ", n of them",
-    "recall": "k-NN recall, k=3, " + _REFERENCE + ", n of them",
+    "is": "inception score, 1 split, logits of {feature_space} ({feature_hash}), 95 % delete-20 % "
+    "jackknife",
+    "precision": "k-NN precision, k=3, " + _REFERENCE + ", n of them, 95 % score interval",
+    "recall": "k-NN recall, k=3, " + _REFERENCE + ", n of them, 95 % delete-20 % jackknife",
 }
 PAIRED_METRICS = {
     "psnr": "mean PSNR of x_0 in [-1, 1], " + _FLOAT,
-    "ssim": "mean SSIM of x_0 in [-1, 1], 11x11 Gaussian window, against the float arm on the "
-    "same seeds",
+    "ssim": "mean SSIM of x_0 in [-1, 1], 11x11 Gaussian window, " + _FLOAT,
+    "perceptual": "mean squared distance of unit-length features of {feature_space} "
+    "({feature_hash}), " + _FLOAT,
+    "drift": "mean |x_t - float x_t| / |float x_t| over steps, " + _FLOAT,
+    "clip_score": "mean 100 max(cos, 0) of image and text embeddings of the user's encoder, 95 % t "
+    "interval over images",
     "x0_mse": "mean squared error of x_0, " + _FLOAT,
 }
-# Follow from the other fields, so they are not compared.
-_DERIVED = ("indicative", "numbers")
+# In the order in which a report shows them. FID leads only where there are images enough for it.
+LEADING = (
+    "x0_mse", "psnr", "ssim", "perceptual", "drift", "clip_score", "kid", "precision", "recall",
+    "is",
+)  # fmt: skip
+# Follow from the other fields, or name the run, so they are not compared.
+_NOT_COMPARED = ("indicative", "leading", "numbers", "name", "publish")
+# May differ where both arms are cut to their common images.
+_CUT = ("n_images", "seeds")
 
 
 def protocol(
@@ -52,7 +73,8 @@ def protocol(
     """The protocol of a results file, JSON types only; `numbers` has one line per metric.
 
     `image_size` is (H, W, C); `guidance` the classifier-free scale (1 or 0: as the sampler
-    defines "none"); `sampler` names it with its settings; `indicative` is True below 2000 images.
+    defines "none"); `sampler` names it with its settings; `indicative` is True below 2000 images;
+    `leading` lists the metrics in the order of `leading`.
     Raises InputError on non-positive counts or sizes, no seed, or an empty name.
     """
     fields = {
@@ -72,10 +94,24 @@ def protocol(
         raise InputError(f"unusable protocol {fields}: expected names, counts >= 1 and (H, W, C)")
     fields["sampler"] = sampler
     fields["indicative"] = fields["n_images"] < INDICATIVE_BELOW
+    fields["leading"] = list(leading(fields["n_images"]))
     fields["numbers"] = {
         metric: describe(fields, metric) for metric in {**SET_METRICS, **PAIRED_METRICS}
     }
     return fields
+
+
+def leading(n_images: int) -> tuple[str, ...]:
+    """The metrics in the order in which they should be read at `n_images`.
+
+    Paired error first, always: it resolves what set metrics cannot. FID and what follows from it
+    come after KID, and below 2000 images, where FID is indicative only, last of all.
+    """
+    frechet = ("fid", "delta_fid", "damage", "fid_infinity", "sfid")
+    if n_images < INDICATIVE_BELOW:
+        return (*LEADING, *frechet)
+    place = LEADING.index("kid") + 1
+    return (*LEADING[:place], *frechet, *LEADING[place:])
 
 
 def describe(fields: dict, metric: str) -> str:
@@ -97,17 +133,16 @@ def describe(fields: dict, metric: str) -> str:
 def comparable(a: dict, b: dict) -> bool:
     """True when the numbers of two protocols may be compared.
 
-    Raises InputError naming every field that differs, with both values.
+    Raises InputError naming every field that differs, with both values, and what to do: where only
+    the numbers of images or the seeds differ, equal n on shared seeds is offered.
     """
-    fields = [name for name in {**a, **b} if name not in _DERIVED]
     different = [
-        f"{name}: {a.get(name)!r} and {b.get(name)!r}"
-        for name in fields
-        if a.get(name) != b.get(name)
+        name for name in {**a, **b} if name not in _NOT_COMPARED and a.get(name) != b.get(name)
     ]
     if different:
-        raise InputError(
-            f"protocols differ in {'; '.join(different)}. Expected equal ones: evaluate both "
-            "again under one protocol"
-        )
+        values = "; ".join(f"{name}: {a.get(name)!r} and {b.get(name)!r}" for name in different)
+        advice = "evaluate both again under one protocol"
+        if all(name in _CUT for name in different):
+            advice = OFFER
+        raise InputError(f"protocols differ in {values}. Expected equal ones: {advice}")
     return True

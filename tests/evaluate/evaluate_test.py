@@ -1,4 +1,4 @@
-"""The arm's row: keys, JSON, floor and ceiling, arm 0, seeds, bad input; and its protocol."""
+"""The arm's row: keys, JSON, floor and ceiling, arm 0, seeds, optional metrics, bad input."""
 
 import json
 import warnings
@@ -8,15 +8,27 @@ import numpy as np
 import pytest
 
 from mpqdiff.errors import InputError
-from mpqdiff.evaluate import evaluate, frechet, protocol, spread, tie
+from mpqdiff.evaluate import (
+    METRICS,
+    Given,
+    evaluate,
+    frechet,
+    intervals,
+    measure,
+    spread,
+    statistics,
+)
 from mpqdiff.evaluate.kernel_distance import kernel_distance
 from mpqdiff.evaluate.manifold import precision_recall
+from mpqdiff.evaluate.text_alignment import clip_scores
 
-KEYS = {
-    "fid", "fid_ci", "delta_fid", "delta_fid_ci", "damage", "kid", "kid_ci", "sfid", "is",
-    "precision", "recall", "psnr", "psnr_ci", "ssim", "x0_mse", "x0_mse_ci", "n_images",
+NAMES = {
+    "fid", "sfid", "kid", "is", "precision", "recall", "psnr", "ssim", "perceptual", "x0_mse",
+    "drift", "clip_score", "delta_fid", "damage",
 }  # fmt: skip
-NUMBERS = KEYS - {"sfid", "n_images"}
+KEYS = {*NAMES, *(f"{name}_ci" for name in NAMES), "n_images"}
+OPTIONAL = {"sfid", "sfid_ci", "drift", "drift_ci", "clip_score", "clip_score_ci"}
+NUMBERS = KEYS - OPTIONAL - {"n_images"}
 N, SIDE, DIMENSIONS = 64, 12, 6
 
 
@@ -57,12 +69,13 @@ def test_has_every_key_as_json_numbers():
     for key in NUMBERS:
         values = row[key] if key.endswith("_ci") else [row[key]]
         assert all(type(value) is float for value in values), key
-    assert row["sfid"] is None
+    assert all(row[key] is None for key in OPTIONAL)
     assert row["n_images"] == N
-    for key in ("fid", "delta_fid", "kid", "psnr", "x0_mse"):
+    for key in NAMES - OPTIONAL:
         low, high = row[f"{key}_ci"]
-        assert low < row[key] < high
-        assert (low + high) / 2 == pytest.approx(row[key])
+        assert low < row[key] < high, key
+        if key not in ("precision", "recall"):  # those end at 0 and 1
+            assert (low + high) / 2 == pytest.approx(row[key])
 
 
 def test_every_number_is_its_metric_of_these_arrays():
@@ -118,7 +131,8 @@ def test_arm_zero_has_no_paired_numbers_and_no_difference():
     arguments = _arm(0.0)
     arguments["float_x_0"] = arguments["x_0"]
     row = evaluate(**arguments)
-    assert all(row[key] is None for key in ("psnr", "psnr_ci", "ssim", "x0_mse", "x0_mse_ci"))
+    paired = [name for name, metric in METRICS.items() if metric.kind == "paired"]
+    assert all(row[key] is row[f"{key}_ci"] is None for key in paired)
     assert row["delta_fid"] == 0.0
     assert row["delta_fid_ci"] == [0.0, 0.0]
     alone = evaluate(**_arm(0.0, float_x_0=None, float_features=None))
@@ -128,8 +142,8 @@ def test_arm_zero_has_no_paired_numbers_and_no_difference():
 
 def test_an_arm_equal_to_float_has_zero_error_and_no_infinite_psnr():
     row = evaluate(**_arm(0.0))
-    assert row["x0_mse"] == 0.0
-    assert row["psnr"] is None
+    assert row["x0_mse"] == row["perceptual"] == 0.0
+    assert row["psnr"] is row["psnr_ci"] is None
     assert row["ssim"] == pytest.approx(1.0)
 
 
@@ -137,7 +151,7 @@ def test_more_noise_is_worse_and_shared_subsamples_sharpen_the_difference():
     little, much = evaluate(**_arm(0.05)), evaluate(**_arm(1.5))
     assert little["psnr"] > much["psnr"]
     assert little["ssim"] > much["ssim"]
-    for key in ("x0_mse", "fid", "kid", "delta_fid", "damage"):
+    for key in ("x0_mse", "perceptual", "fid", "kid", "delta_fid", "damage"):
         assert little[key] < much[key], key
     widths = [np.ptp(little[key]) for key in ("delta_fid_ci", "fid_ci")]
     assert widths[0] < 0.5 * widths[1]
@@ -150,11 +164,17 @@ def test_repeats_by_seed():
     assert first["fid_ci"] != second["fid_ci"]
 
 
-@pytest.mark.parametrize(("n", "missing"), [(2, {"fid_ci", "delta_fid_ci", "kid_ci"}), (3, set())])
-def test_very_few_images_leave_undefined_numbers_null(n, missing):
-    row = evaluate(**_arm(0.3, n=n))
-    null = {key for key, value in row.items() if value is None}
-    assert null == missing | {"precision", "recall", "sfid"}
+def test_very_few_images_leave_undefined_numbers_null_and_warn_with_the_rank():
+    sets = {"precision", "precision_ci", "recall", "recall_ci"}
+    intervals_of_sets = {"fid_ci", "delta_fid_ci", "damage_ci", "kid_ci", "is_ci"}
+    for n, missing in ((2, sets | intervals_of_sets), (3, sets), (4, {"recall_ci"}), (5, set())):
+        with pytest.warns(UserWarning, match=f"{n} images has rank {n - 1} of 6 in 6 dimensions"):
+            row = evaluate(**_arm(0.3, n=n))
+        assert {key for key, value in row.items() if value is None} == missing | OPTIONAL, n
+    arguments = _arm(0.3, n=7)
+    arguments["features"][0] = arguments["features"][1]
+    with pytest.warns(UserWarning, match="7 images has rank 5 of 6"):
+        evaluate(**arguments)
 
 
 def test_small_images_have_no_ssim():
@@ -166,16 +186,93 @@ def test_small_images_have_no_ssim():
     assert row["psnr"] is not None
 
 
-def test_ties():
-    one, same, worse = (evaluate(**_arm(s, seed=i)) for i, s in enumerate((0.3, 0.3, 0.6)))
-    for key in ("x0_mse", "psnr", "fid"):
-        assert tie(one, same, key=key), key
-    assert not tie(one, worse)
-    assert not tie(worse, one, key="psnr")
-    with pytest.raises(InputError, match=r"rows \[1\] have no x0_mse_ci"):
-        tie(one, evaluate(**_arm(0.3, float_x_0=None)))
-    with pytest.raises(InputError, match="64 and 20 images"):
-        tie(one, evaluate(**_arm(0.3, n=20)), key="fid")
+def _further(n=N):
+    """Spatial features, trajectories and embeddings, and a reference that has spatial ones."""
+    rng = np.random.default_rng(5)
+    reference = _reference()
+    reference.spatial_mean, reference.spatial_cov = frechet.moments(rng.normal(size=(200, 12)))
+    trajectory = rng.normal(size=(3, n, SIDE, SIDE, 1))
+    return {
+        "spatial": rng.normal(0.2, 1.0, (n, 2, 3, 2)), "reference": reference,
+        "trajectory": trajectory * np.array([1.0, 1.1, 1.3])[:, None, None, None, None],
+        "float_trajectory": trajectory, "timesteps": np.array([9, 4, 0]),
+        "image_embeddings": rng.normal(1.0, 1.0, (n, 8)), "text_embeddings": np.ones((n, 8)),
+    }  # fmt: skip
+
+
+def test_optional_metrics_are_those_of_their_arrays():
+    arguments = _further()
+    row = evaluate(**_arm(0.3, **arguments))
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert set(row) == {*KEYS, "drift_curve"}
+    assert all(row[key] is not None for key in KEYS)
+    spatial = frechet.moments(arguments["spatial"].reshape(N, -1))
+    reference = arguments["reference"]
+    assert row["sfid"] == pytest.approx(
+        frechet.frechet_distance(*spatial, reference.spatial_mean, reference.spatial_cov)
+    )
+    assert row["drift"] == pytest.approx((0.0 + 0.1 + 0.3) / 3)
+    assert row["drift_ci"] == pytest.approx([0.4 / 3, 0.4 / 3])  # every image alike
+    assert row["drift_curve"]["timesteps"] == [9, 4, 0]
+    assert row["drift_curve"]["mean"] == pytest.approx([0.0, 0.1, 0.3])
+    scores = clip_scores(arguments["image_embeddings"], arguments["text_embeddings"])
+    assert row["clip_score"] == pytest.approx(scores.mean())
+
+
+def test_fid_infinity_is_an_option():
+    row = evaluate(**_arm(0.3), metrics=["fid", "fid_infinity"])
+    assert row["fid_infinity"] < row["fid"]
+    assert row["fid_infinity_ci"][0] < row["fid_infinity"] < row["fid_infinity_ci"][1]
+    assert "fid_infinity" not in evaluate(**_arm(0.3))
+
+
+def test_metrics_can_be_chosen_and_say_what_they_miss():
+    row = evaluate(**_arm(0.3), metrics=["kid"])
+    assert set(row) == {
+        "kid", "kid_ci", "delta_fid", "delta_fid_ci", "damage", "damage_ci", "n_images"
+    }  # fmt: skip
+    assert row["damage"] is row["delta_fid"] is None
+    with pytest.raises(InputError, match="'sfid' needs spatial, spatial_reference"):
+        evaluate(**_arm(0.3), metrics=["fid", "sfid"])
+    with pytest.raises(InputError, match="unknown metric 'lpips'; known: clip_score"):
+        evaluate(**_arm(0.3), metrics=["lpips"])
+
+
+def test_images_from_elsewhere_need_no_x_0_no_logits_and_a_file_of_statistics(tmp_path):
+    own, real = _arm(0.3), _reference().train_features.astype(np.float64)
+    statistics.save(tmp_path / "real.npz", statistics.moments(real))
+    row = evaluate(
+        images=own["images"], features=own["features"],
+        reference=statistics.load(tmp_path / "real.npz"),
+    )  # fmt: skip
+    assert row["fid"] == pytest.approx(evaluate(**own)["fid"])
+    given = {"fid", "fid_ci", "n_images"}
+    assert {key for key, value in row.items() if value is not None} == given
+
+
+def test_every_metric_has_a_contract():
+    for name, metric in METRICS.items():
+        assert metric.kind in ("set", "paired"), name
+        assert metric.better in ("lower", "higher"), name
+        assert metric.needs
+        assert set(metric.needs) <= set(Given._fields), name
+
+
+def test_values_per_image_average_to_the_metric():
+    arguments = _arm(0.3)
+    reference = arguments["reference"]
+    given = Given(
+        features=arguments["features"], float_features=arguments["float_features"],
+        x_0=arguments["x_0"], float_x_0=arguments["float_x_0"], logits=arguments["logits"],
+        reference=frechet.target(reference.train_mean, reference.train_cov),
+        reference_features=reference.train_features, omitted=intervals.omissions(N, seed=0),
+    )  # fmt: skip
+    found = measure(given)
+    with_values = {name for name, one in found.items() if one.values is not None}
+    assert with_values == {"fid", "kid", "precision", "psnr", "ssim", "perceptual", "x0_mse"}
+    for name in with_values:
+        assert found[name].values.shape == (N,)
+        assert found[name].values.mean() == pytest.approx(found[name].value, rel=1e-9), name
 
 
 def test_unusable_arrays():
@@ -199,6 +296,10 @@ def test_unusable_arrays():
         evaluate(**_arm(0.3, float_features=_arm(0.3, n=80)["features"]))
     with pytest.raises(InputError, match="same evaluation network"):
         evaluate(**_arm(0.3, features=np.ones((N, 5))))
+    with pytest.raises(InputError, match="spatial features of 4 dimensions, the reference has 12"):
+        evaluate(**_arm(0.3, **(_further() | {"spatial": np.ones((N, 4))})))
+    with pytest.raises(InputError, match="9 rows of text embeddings"):
+        evaluate(**_arm(0.3, **(_further() | {"text_embeddings": np.ones((9, 8))})))
 
 
 def test_constant_images_warn():
@@ -209,52 +310,3 @@ def test_constant_images_warn():
     arguments["images"][[0, 3]] = 7
     with pytest.warns(UserWarning, match="2 of 64 images are a single constant value"):
         evaluate(**arguments)
-
-
-def _protocol(**changes):
-    fields = {
-        "feature_space": "fashion_classifier", "feature_hash": "ab12", "reference": "fashion_mnist",
-        "reference_count": 60000, "n_images": 256, "seeds": range(2), "guidance": 0.0,
-        "image_size": (28, 28, 1),
-    }  # fmt: skip
-    return protocol.protocol(**{**fields, **changes})
-
-
-def test_protocol_is_json_and_names_everything_in_one_line_per_number():
-    fields = _protocol()
-    assert json.loads(json.dumps(fields)) == fields
-    names = {key.removesuffix("_ci") for key in NUMBERS}
-    assert set(fields["numbers"]) == names
-    for part in ("fashion_classifier", "ab12", "fashion_mnist", "60000", "256 images", "28x28x1"):
-        assert part in fields["numbers"]["fid"]
-    assert all("\n" not in line and "seeds 0, 1" in line for line in fields["numbers"].values())
-
-
-@pytest.mark.parametrize(("n", "indicative"), [(1999, True), (2000, False)])
-def test_few_images_mark_set_metrics_as_indicative(n, indicative):
-    fields = _protocol(n_images=n)
-    assert fields["indicative"] is indicative
-    assert ("indicative" in fields["numbers"]["fid"]) is indicative
-    assert "indicative" not in fields["numbers"]["psnr"]
-
-
-def test_comparable_names_the_fields_that_differ():
-    assert protocol.comparable(_protocol(), _protocol()) is True
-    with pytest.raises(InputError) as error:
-        protocol.comparable(_protocol(), _protocol(n_images=5000, guidance=1.5))
-    message = str(error.value)
-    assert "n_images: 256 and 5000" in message
-    assert "guidance: 0.0 and 1.5" in message
-    assert "seeds:" not in message
-    assert "numbers" not in message
-
-
-def test_unusable_protocols():
-    with pytest.raises(InputError, match="counts >= 1"):
-        _protocol(n_images=0)
-    with pytest.raises(InputError, match="names"):
-        _protocol(feature_space="")
-    with pytest.raises(InputError, match="names"):
-        _protocol(seeds=[])
-    with pytest.raises(InputError, match="unknown metric 'lpips'"):
-        protocol.describe(_protocol(), "lpips")

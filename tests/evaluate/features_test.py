@@ -66,6 +66,57 @@ def test_extract_does_not_depend_on_the_batch(network):
     np.testing.assert_array_equal(again[1], padded[1])
 
 
+@pytest.fixture
+def spatial_network():
+    """A network with spatial features that takes any size, and the batches that it was given."""
+    seen = []
+
+    def apply(images):
+        seen.append(images)
+        level = np.asarray(images, np.float32).reshape(len(images), -1)
+        return features.Features(level[:, :1], level[:, 1:3], level)
+
+    return features.FeatureNetwork("spy", "0", apply, None, batch=4), seen
+
+
+def test_a_stream_holds_one_batch_of_uint8_at_a_time(spatial_network):
+    network, seen = spatial_network
+    images = pictures(10)[:, :3, :2]
+    taken = 0
+    for part in features.stream(network, images):
+        assert len(seen) == taken // 4 + 1, "a later batch was made before it was asked for"
+        count = len(part.features)
+        rows = images[taken : taken + count].reshape(count, -1)
+        np.testing.assert_array_equal(part.spatial, rows)
+        taken += count
+    assert taken == 10
+    assert all(batch.dtype == np.uint8 and batch.shape == (4, 3, 2, 1) for batch in seen)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 3, 10, 64])
+def test_collect_gives_every_output_of_every_image(spatial_network, batch):
+    network, _ = spatial_network
+    images = pictures(10)[:, :2, :2]
+    flat = images.reshape(10, -1).astype(np.float32)
+    found = features.collect(network, images, batch=batch)
+    for got, wanted in zip(found, (flat[:, :1], flat[:, 1:3], flat), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    two = features.extract(network, images, batch=batch)
+    assert len(two) == 2
+    for got, wanted in zip(two, found, strict=False):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_the_classifier_has_no_spatial_features(network):
+    found = features.collect(network, pictures(2), batch=2)
+    assert found.spatial is None
+    np.testing.assert_array_equal(
+        found.features, features.extract(network, pictures(2), batch=2)[0]
+    )
+    assert network.accepts((28, 28, 1)) and not network.accepts((28, 28, 3))
+    assert not network.is_fid
+
+
 def by_hand(tensors, images):
     """The shipped network in plain numpy, float64."""
     x = images / 127.5 - 1.0

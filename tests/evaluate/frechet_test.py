@@ -1,11 +1,13 @@
 """Frechet distance: closed forms, scipy's matrix root, rank-deficient covariances, delete-d."""
 
+import time
+
 import numpy as np
 import pytest
 from scipy import linalg
 
 from mpqdiff.errors import InputError
-from mpqdiff.evaluate import frechet
+from mpqdiff.evaluate import frechet, intervals
 
 
 def _scipy_distance(mu1, cov1, mu2, cov2):
@@ -90,22 +92,97 @@ def test_unusable_input_says_what_is_wrong():
         frechet.target(np.zeros(2), np.eye(3))
 
 
-def test_agrees_with_torchmetrics():
-    torch = pytest.importorskip("torch")
-    fid = pytest.importorskip("torchmetrics.image.fid")
+def _drawn(rng, n, size=24, scale=1.2):
+    mixing = np.random.default_rng(99).normal(size=(size, size)) / np.sqrt(size)
+    return np.maximum(scale * rng.normal(size=(n, size)) @ mixing, 0.0)
 
-    class Identity(torch.nn.Module):
-        num_features = 16
 
-        def forward(self, x):
-            return x.flatten(1)
+@pytest.mark.parametrize("n", [200, 15])
+def test_influence_is_the_slope_of_the_distance_in_an_images_weight(n):
+    """Against central differences of the distance with one image's weight moved; n < D too."""
+    rng = np.random.default_rng(5)
+    x = _drawn(rng, n)
+    reference = frechet.target(*frechet.moments(_drawn(rng, 3000, scale=1.0)))
+    found = frechet.linearised(x, reference)
+    assert found.value == pytest.approx(frechet.fid(x, reference), rel=1e-9)
+    assert found.rank == min(n - 1, 24)
+    assert found.influence.mean() == pytest.approx(0.0, abs=1e-9)
 
-    rng = np.random.default_rng(3)
-    first, second = (rng.normal(m, 1.0, (200, 1, 4, 4)).astype(np.float32) for m in (0.0, 0.5))
-    metric = fid.FrechetInceptionDistance(feature=Identity(), input_img_size=(1, 4, 4))
-    metric.set_dtype(torch.float64)
-    metric.update(torch.from_numpy(first).double(), real=True)
-    metric.update(torch.from_numpy(second).double(), real=False)
-    moments = [frechet.moments(x.reshape(200, 16)) for x in (first, second)]
-    ours = frechet.frechet_distance(*moments[0], *moments[1])
-    assert ours == pytest.approx(float(metric.compute()), rel=1e-5)
+    def weighted(image, step):
+        weights = np.full(n, (1 - step) / n)
+        weights[image] += step
+        mean = weights @ x
+        cov = (x - mean).T @ ((x - mean) * weights[:, None]) * n / (n - 1)
+        return frechet.distance_to(reference, mean, cov)
+
+    step = 1e-5
+    for image in (0, 7):
+        slope = (weighted(image, step) - weighted(image, -step)) / (2 * step)
+        assert found.influence[image] == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize(("n", "scale", "most"), [(60, 1.2, 2.0), (400, 1.2, 1.5), (400, 2.0, 1.3)])
+def test_influences_give_the_scatter_over_fresh_samples(n, scale, most):
+    rng = np.random.default_rng(6)
+    reference = frechet.target(*frechet.moments(_drawn(rng, 20000, scale=1.0)))
+    found = [frechet.linearised(_drawn(rng, n, scale=scale), reference) for _ in range(150)]
+    errors = [intervals.influence_interval(0.0, one.influence).half_width / 2 for one in found]
+    scatter = np.std([one.value for one in found])
+    assert 0.85 < np.mean(errors) / scatter < most
+
+
+def test_high_dimensions_take_influences_and_agree_with_the_subsamples(monkeypatch):
+    rng = np.random.default_rng(7)
+    x, base = _drawn(rng, 300), _drawn(rng, 300)
+    reference = frechet.target(*frechet.moments(_drawn(rng, 3000, scale=1.0)))
+    omitted = intervals.omissions(300, seed=0)
+    widths = []
+    for limit in (256, 8):
+        monkeypatch.setattr(frechet, "SUBSAMPLED_DIMENSIONS", limit)
+        whole, terms = frechet.terms(x, reference, omitted)
+        other, base_terms = frechet.terms(base, reference, omitted)
+        assert terms is not None
+        assert terms.shape == (200 if limit == 256 else 300,)
+        ends = frechet.ends(whole.value, terms, x, omitted)
+        delta = frechet.ends(whole.value - other.value, terms - base_terms, x, omitted)
+        widths.append([np.ptp(ends), np.ptp(delta)])
+    np.testing.assert_allclose(widths[0], widths[1], rtol=0.2)
+    assert frechet.terms(x, reference, None)[1] is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_fid_infinity_takes_the_bias_away(scale):
+    """Gaussians, so that the distance at infinitely many images is known."""
+    mixing = np.random.default_rng(99).normal(size=(16, 16)) / 4
+    cov = mixing @ mixing.T
+    reference = frechet.target(np.zeros(16), cov)
+    truth = frechet.frechet_distance(np.zeros(16), scale**2 * cov, np.zeros(16), cov)
+    rng = np.random.default_rng(8)
+    samples = [scale * rng.normal(size=(256, 16)) @ mixing.T for _ in range(60)]
+    found = [frechet.fid_infinity(x, reference) for x in samples]
+    biased = np.mean([frechet.fid(x, reference) for x in samples]) - truth
+    assert abs(np.mean([one.value for one in found]) - truth) < 0.1 * biased
+    errors = [intervals.influence_interval(0.0, one.influence).half_width / 2 for one in found]
+    assert 0.8 < np.mean(errors) / np.std([one.value for one in found]) < 2.0
+    assert found[0].value == frechet.fid_infinity(samples[0], reference).value
+
+
+def test_fid_infinity_refuses_few_images():
+    x = np.random.default_rng(9).normal(size=(100, 16))
+    reference = frechet.target(np.zeros(16), np.eye(16))
+    with pytest.raises(InputError, match=r"100 images in 16 dimensions.*128 images"):
+        frechet.fid_infinity(x, reference)
+    with pytest.raises(InputError, match="parts=1"):
+        frechet.fid_infinity(x, reference, parts=1)
+
+
+@pytest.mark.slow
+def test_the_distance_at_2048_dimensions_takes_less_than_10_seconds_of_2_cores():
+    """In processor time, so that other programs on the machine do not count."""
+    rng = np.random.default_rng(10)
+    decay = np.exp(-np.arange(2048) / 300)
+    first, second = (frechet.moments(rng.normal(size=(4000, 2048)) * decay) for _ in range(2))
+    start = time.process_time()
+    distance = frechet.frechet_distance(*first, *second)
+    assert time.process_time() - start < 20.0
+    assert distance > 0.0

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mpqdiff.errors import InputError
-from mpqdiff.evaluate.inception_score import inception_score
+from mpqdiff.evaluate import intervals
+from mpqdiff.evaluate.inception_score import delete_d_scores, inception_score
 
 
 def _slow_score(logits):
@@ -51,16 +52,28 @@ def test_unusable_input():
         inception_score(np.where(np.arange(50).reshape(5, 10) == 7, np.nan, 0.0))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_agrees_with_torchmetrics():
-    torch = pytest.importorskip("torch")
-    inception = pytest.importorskip("torchmetrics.image.inception")
+def test_delete_d_equals_recomputing_from_the_kept_rows():
+    logits = np.random.default_rng(4).normal(0.0, 2.0, (5000, 6)).astype(np.float32)
+    omitted = intervals.omissions(5000, seed=0, draws=4)
+    expected = [inception_score(np.delete(logits, rows, axis=0)) for rows in omitted]
+    np.testing.assert_allclose(delete_d_scores(logits, omitted), expected, rtol=1e-10)
 
-    class Identity(torch.nn.Module):
-        def forward(self, x):
-            return x.flatten(1)
 
-    logits = np.random.default_rng(4).normal(0.0, 2.0, (60, 10)).astype(np.float32)
-    metric = inception.InceptionScore(feature=Identity(), splits=1)
-    metric.update(torch.from_numpy(logits).reshape(60, 10, 1, 1))
-    assert inception_score(logits) == pytest.approx(float(metric.compute()[0]), rel=1e-4)
+def test_the_jackknife_gives_the_scatter_over_fresh_samples():
+    rng = np.random.default_rng(5)
+    samples = [rng.normal(0.0, 2.0, (200, 10)) for _ in range(150)]
+    omitted = intervals.omissions(200, seed=0)
+    errors = [
+        intervals.jackknife_interval(0.0, delete_d_scores(x, omitted), n=200, d=40).half_width / 2
+        for x in samples[:30]
+    ]
+    assert 0.85 < np.mean(errors) / np.std([inception_score(x) for x in samples]) < 1.3
+
+
+def test_a_shuffle_changes_the_splits_and_not_the_whole():
+    logits = np.random.default_rng(6).normal(0.0, 2.0, (50, 10))
+    whole, shuffled = inception_score(logits), inception_score(logits, shuffle_seed=2020)
+    assert shuffled == pytest.approx(whole, rel=1e-12)
+    split = inception_score(logits, splits=5, shuffle_seed=2020)
+    assert split != inception_score(logits, splits=5)
+    assert split == inception_score(logits, splits=5, shuffle_seed=2020)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mpqdiff.errors import InputError
-from mpqdiff.evaluate import frechet, intervals
+from mpqdiff.evaluate import features, frechet, intervals
 
 DIMENSIONS = 16
 
@@ -92,6 +92,25 @@ def test_a_plain_bootstrap_of_fid_excludes_its_own_estimate_and_ours_does_not():
     assert (ours.low + ours.high) / 2 == pytest.approx(point)
 
 
+def test_on_real_features_a_plain_bootstrap_lies_above_its_estimate_too():
+    """Held-out images against the training images in the shipped feature space: an honest
+    bootstrap would have half of its values below the estimate."""
+    shipped = features.load_reference()
+    reference = frechet.target(shipped.train_mean, shipped.train_cov)
+    rng = np.random.default_rng(0)
+    drawn = [shipped.test_features[rng.permutation(5000)[:256]] for _ in range(40)]
+    points = np.array([frechet.fid(x, reference) for x in drawn])
+    below, ratio, ours = [], [], []
+    for x, point in zip(drawn[:10], points, strict=False):
+        bootstrap = [frechet.fid(x[rng.integers(0, 256, 256)], reference) for _ in range(60)]
+        below.append(np.mean(np.array(bootstrap) < point))
+        ratio.append(np.median(bootstrap) / point)
+        ours.append(_fid_interval(x, reference))
+    assert np.mean(below) < 0.1
+    assert np.mean(ratio) > 1.5
+    assert np.mean([interval.contains(points.mean()) for interval in ours]) >= 0.9
+
+
 def test_cheap_and_narrower_with_more_images():
     reference, rng = _reference(), np.random.default_rng(5)
     x = _features(rng, 5000, 1.2)
@@ -99,6 +118,28 @@ def test_cheap_and_narrower_with_more_images():
     wide, narrow = _fid_interval(x[:256], reference), _fid_interval(x, reference)
     assert time.perf_counter() - start < 2.0
     assert narrow.half_width < 0.4 * wide.half_width
+
+
+def test_kept_rows_are_those_not_omitted():
+    omitted = intervals.omissions(20, seed=3, draws=5)
+    kept = intervals.kept_rows(omitted, 20)
+    for row, out in zip(kept, omitted, strict=True):
+        assert set(np.flatnonzero(row)) == set(range(20)) - set(out)
+
+
+def test_influences_of_a_mean_give_its_t_interval():
+    x = np.random.default_rng(8).exponential(1.0, 30)
+    ours = intervals.influence_interval(x.mean(), x - x.mean())
+    assert ours.ends == pytest.approx(intervals.mean_interval(x).ends)
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 20), (20, 20), (7, 20), (1, 3), (450, 1000)])
+def test_proportion_interval_equals_scipys(count, n):
+    ours = intervals.proportion_interval(count, n)
+    expected = stats.binomtest(count, n).proportion_ci(0.95, method="wilson")
+    assert ours.ends == pytest.approx([expected.low, expected.high], abs=1e-9)
+    assert ours.low <= ours.value <= ours.high
+    assert ours.high - ours.low > 0.05
 
 
 def test_unusable_input():
@@ -112,3 +153,5 @@ def test_unusable_input():
         intervals.t_quantile(0)
     with pytest.raises(InputError, match="more images"):
         intervals.jackknife_interval(1.0, [1.0, np.nan], n=5, d=1)
+    with pytest.raises(InputError, match="got 5 of 4"):
+        intervals.proportion_interval(5, 4)

@@ -38,13 +38,15 @@ setup(
         "test": [
             "pytest>=8.0",
             "hypothesis>=6.100",
-            "scipy>=1.13",
+            "scipy>=1.13",  # HiGHS, the planner's oracle
+            "qwix>=0.1.8",
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "ruff>=0.9",
             "pyright>=1.1.390",
         ],
         "parity": ["torch", "diffusers"],  # agreement tests only; they skip where it is absent
+        "qwix": ["qwix>=0.1.8"],  # export.to_qwix
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "aot": ["libtpu"],  # compiles for TPU topologies on a machine without one

@@ -16,7 +16,7 @@ Host float64 throughout: these are a few hundred numbers.
 import numpy as np
 
 from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.records import Scores
+from mpqdiff.records import FLOAT_BITS, Scores
 
 # exp(-LARGEST_SPREAD) is still a normal float64.
 LARGEST_SPREAD = 700.0
@@ -104,10 +104,13 @@ def aggregate(
     return suffix_mean(theta) if suffix else theta
 
 
-def lift(theta, w_bits) -> np.ndarray:
-    """The linear objective as damage, [L,K]: theta_l (max_k b_k - b_k), 0 at the widest choice.
+def lift(theta, choices) -> np.ndarray:
+    """The linear objective as damage, [L,K]: theta_l times the bits a choice lacks of the widest.
 
-    Its minimum is OMPQ's and MPQ-Diff's maximum of sum_l theta_l b_l. theta [L], w_bits [K].
+    theta [L]; choices: K pairs (w_bits, a_bits), whose bits add up; a site kept in float lacks
+    none. With one activation width its minimum is OMPQ's and MPQ-Diff's maximum of
+    sum_l theta_l b_l.
     """
-    bits = np.asarray(w_bits, np.float64)
-    return np.asarray(theta, np.float64)[:, None] * (bits.max() - bits)
+    bits = np.array([[np.nan if b == FLOAT_BITS else b for b in pair] for pair in choices])
+    lacking = np.nan_to_num(np.nanmax(bits, axis=0) - bits).sum(axis=1)
+    return np.asarray(theta, np.float64)[:, None] * lacking

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from mpqdiff import planning
 from mpqdiff.artifacts import chunked
 from mpqdiff.config import for_arm
 from mpqdiff.diffusion.samplers import check_timesteps
@@ -114,16 +115,21 @@ class Arm:
             return sum(leaf.size * 4 for leaf in jax.tree.leaves(self.experiment.params))
         return self.file.stat().st_size
 
-    @cached_property
-    def compiled(self):
-        """The ahead-of-time compiled sampler `(params, x_T, labels) -> x_0` at `batch`."""
+    def compile(self, batch: int, *, trajectory: bool = False):
+        """The ahead-of-time compiled sampler `(params, x_T, labels, keys) -> x_0` at `batch`, or
+        `-> (x_0, x_ts)`."""
         params, denoise = self.model
-        run = self.experiment.sampler(denoise, self.timesteps)
-        x_T = jax.ShapeDtypeStruct((self.batch, *self.experiment.image_shape), jnp.float32)
-        labels = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
-        keys = jax.eval_shape(lambda: self.inputs(0)[2])
+        run = self.experiment.sampler(denoise, self.timesteps, trajectory=trajectory)
+        x_T = jax.ShapeDtypeStruct((batch, *self.experiment.image_shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        keys = jax.eval_shape(lambda: self.experiment.inputs(0, 0, batch)[2])
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
         return jax.jit(run).lower(shapes, x_T, labels, keys).compile()
+
+    @cached_property
+    def compiled(self):
+        """`compile` at the sampling batch: what samples, is timed, and is verified."""
+        return self.compile(self.batch)
 
     @cached_property
     def execution(self) -> verify.Execution:
@@ -163,6 +169,12 @@ class Arm:
         start = index * self.batch
         return self.experiment.inputs(self.config.sample.seed, start, self.batch)
 
+    def trajectory(self, count: int) -> np.ndarray:
+        """x_t before every step of the first `count` images, float32 [S,count,H,W,C]."""
+        run = self.compile(count, trajectory=True)
+        inputs = self.experiment.inputs(self.config.sample.seed, 0, count)
+        return np.asarray(run(self.model[0], *inputs)[1])
+
     @cached_property
     def samples(self) -> tuple[str, np.ndarray]:
         """(artifact name, x_0 float32 [n,H,W,C]): image i comes from noise i in every arm."""
@@ -193,9 +205,10 @@ class Arm:
 def list_arms(experiment: Experiment) -> list[Arm]:
     """Float, the plan, then the config's arms by name; plans are solved here."""
     config = experiment.config
+    own = planning.plan(experiment, config, config.system)
     arms = [
         Arm(experiment, "float", "float32", config, None),
-        Arm(experiment, "plan", config.system, config, experiment.plan(config, config.system)),
+        Arm(experiment, "plan", config.system, config, own),
     ]
     for name, changes in config.arms.items():
         recipe = for_arm(config, changes)
@@ -205,31 +218,46 @@ def list_arms(experiment: Experiment) -> list[Arm]:
         system = changes.get("solver", config.system)
         if "score" in changes:
             system = f"{changes['score']}_{recipe.plan.solver}"
-        arms.append(Arm(experiment, name, system, recipe, experiment.plan(recipe, system)))
+        if changes.get("bits"):
+            system = "imported"
+        arms.append(
+            Arm(experiment, name, system, recipe, planning.plan(experiment, recipe, system))
+        )
     return arms
 
 
-def time_arms(arms: list[Arm], rounds: int) -> list[dict[str, list[float]]]:
+def time_arms(arms: list[Arm], rounds: int, *, batch_1: bool = False) -> list[dict[str, Any]]:
     """Milliseconds per image and round of each arm, and of float at the same steps.
 
     Every round runs each arm once, in turn, so that a drift of the machine's speed falls on all
-    of them; one warm-up round is not counted. Returns [{"own": [...], "float_same_steps": [...]}].
+    of them; one warm-up round is not counted. Returns [{"own": [...], "float_same_steps": [...],
+    "single": [...] with `batch_1`, of one image at a time}].
     """
     references = {len(arm.timesteps): arm for arm in arms if arm.plan is None}
     for arm in arms:
         if len(arm.timesteps) not in references:
             references[len(arm.timesteps)] = _float_at(arm)
     runners = {id(arm): arm for arm in [*arms, *references.values()]}
-    taken: dict[int, list[float]] = {key: [] for key in runners}
-    inputs = {key: arm.inputs(0) for key, arm in runners.items()}
+    calls: dict[Any, tuple] = {
+        key: (arm.compiled, arm.model[0], arm.inputs(0), arm.batch) for key, arm in runners.items()
+    }
+    if batch_1:
+        for arm in arms:
+            one = arm.experiment.inputs(arm.config.sample.seed, 0, 1)
+            calls["single", id(arm)] = arm.compile(1), arm.model[0], one, 1
+    taken: dict[Any, list[float]] = {key: [] for key in calls}
     for count in tqdm(range(rounds + 1), desc="time"):
-        for key, arm in runners.items():
+        for key, (run, params, inputs, batch) in calls.items():
             start = time.perf_counter()
-            arm.compiled(arm.model[0], *inputs[key]).block_until_ready()
+            run(params, *inputs).block_until_ready()
             if count:
-                taken[key].append(1e3 * (time.perf_counter() - start) / arm.batch)
+                taken[key].append(1e3 * (time.perf_counter() - start) / batch)
     return [
-        {"own": taken[id(arm)], "float_same_steps": taken[id(references[len(arm.timesteps)])]}
+        {
+            "own": taken[id(arm)],
+            "float_same_steps": taken[id(references[len(arm.timesteps)])],
+            "single": taken.get(("single", id(arm))),
+        }
         for arm in arms
     ]
 

@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         if verb == "bench":
             bench(rest)
             return 0
-        config, workdir, dry_run = parse(verb, rest)
+        config, workdir, own = parse(verb, rest)
         prepare_jax()
-        act = _dry_run if dry_run and config is not None else VERBS[verb]
-        act(config, workdir, "mpqdiff " + " ".join(argv))
+        act = _dry_run if own.pop("dry_run") and config is not None else VERBS[verb]
+        act(config, workdir, "mpqdiff " + " ".join(argv), **own)
     except InputError as error:
         print(f"mpqdiff: {error}", file=sys.stderr)
         return 2
@@ -61,14 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse(verb: str, arguments: list[str]) -> tuple[Config, Path | None, bool]:
-    """(config, workdir, dry_run) of a verb; a workdir's stored config where none is named.
+def parse(verb: str, arguments: list[str]) -> tuple[Config, Path | None, dict]:
+    """(config, workdir, further flags) of a verb; a workdir's stored config where none is named.
 
     Config files run here, so whatever they raise is unusable input.
     """
     values = flags.FlagValues()  # of this call alone: a flag keeps what it was last set to
     flags.DEFINE_string("workdir", None, "where artifacts and results go", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print config, sites and cost", flag_values=values)
+    for name, (define, default, text) in FLAGS.get(verb, {}).items():
+        define(name, default, text, flag_values=values)
     workdir = _workdir(arguments)
     named = any(
         word.startswith(("--config=", "-config=")) or word == "--config" for word in arguments
@@ -103,14 +105,15 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, Path | None, bool]:
         raise InputError(f"the config file cannot be used: {_plain(failure)}")
     if named and not isinstance(config, ConfigDict):
         raise InputError(f"the config file returned {type(config).__name__}, not a ConfigDict")
-    if config is None and verb != "doctor":
+    own = {name: values[name].value for name in ("dry_run", *FLAGS.get(verb, {}))}
+    if config is None and verb != "doctor" and not own.get("images"):
         where = f"{workdir}/config.json does not exist" if workdir else "no --workdir either"
         raise InputError(f"{verb} needs --config=FILE ({where})")
     if config is not None:
         validate(config)
         if workdir is None and not values["dry_run"].value:
             raise InputError(f"{verb} needs --workdir=DIR")
-    return config, workdir, bool(values["dry_run"].value)
+    return config, workdir, own
 
 
 def _plain(error: BaseException) -> str:
@@ -168,16 +171,38 @@ def _run(config, workdir, command):
     print(f"\nreport: {workdir / 'report.html'}")
 
 
-def _plan(config, workdir, command):
-    from mpqdiff import outcome
+def _plan(config, workdir, command, *, pareto, explain, export):
+    from mpqdiff import decisions
 
-    print(outcome.plan_only(_experiment(config, workdir), command=command))
+    if pareto is not None and pareto < 2:
+        raise InputError(f"--pareto={pareto}: expected 2 budgets or more")
+    experiment = _experiment(config, workdir)
+    if explain is not None:
+        print(decisions.explain_only(experiment, explain))
+    elif pareto is not None:
+        print(decisions.pareto_only(experiment, pareto))
+    elif export is not None:
+        print(decisions.export_only(experiment, export))
+    else:
+        print(decisions.plan_only(experiment))
 
 
 def _sample(config, workdir, command):
     from mpqdiff import outcome
 
     print(outcome.sample_only(_experiment(config, workdir)))
+
+
+def _evaluate(config, workdir, command, *, images, reference, features, weights, out):
+    if not images:
+        _run(config, workdir, command)
+        return
+    from mpqdiff.evaluate import image_metrics
+
+    row = image_metrics.evaluate_images(
+        images, reference, features=features, weights=weights, out=out or None
+    )
+    print(image_metrics.table(row))
 
 
 def _verify(config, workdir, command):
@@ -202,18 +227,34 @@ def _doctor(config, workdir, command):
     print(doctor.report())
 
 
-def _dry_run(config, workdir, command):
+def _dry_run(config, workdir, command, **_):
     from mpqdiff import preview
 
     print(preview.text(config))
 
+
+# Flags of one verb alone: how absl defines them, their default, their help.
+FLAGS = {
+    "plan": {
+        "pareto": (flags.DEFINE_integer, None, "solve this many budgets, write pareto.json"),
+        "explain": (flags.DEFINE_string, None, "say why sites (a regex) got their widths"),
+        "export": (flags.DEFINE_string, None, "write plan.json in another form: modelopt, qwix"),
+    },
+    "evaluate": {
+        "images": (flags.DEFINE_string, "", "a folder, .npz or .npy of images: no model is needed"),
+        "reference": (flags.DEFINE_string, "", "the same, an .npz with mu and sigma, or a name"),
+        "features": (flags.DEFINE_string, "fashion_classifier", "the feature network"),
+        "weights": (flags.DEFINE_string, "", "the file of its weights, for inception"),
+        "out": (flags.DEFINE_string, "", "an .npz for the images' own mu and sigma"),
+    },
+}
 
 VERBS = {
     "run": _run,
     "train": _train,
     "plan": _plan,
     "sample": _sample,
-    "evaluate": _run,
+    "evaluate": _evaluate,
     "verify": _verify,
     "report": _report,
     "doctor": _doctor,
@@ -242,7 +283,7 @@ verbs:
   train     train the config's model on its data; continues where it stopped
   plan      stages up to plan.json
   sample    sample with workdir/plan.json
-  evaluate  metrics of all arms (runs what is missing)
+  evaluate  metrics of all arms (runs what is missing), or of --images, without a model
   verify    prove from the compiled program that workdir/plan.json ran as planned
   report    write report.html again (runs what is missing)
   bench     bench NAME [options]: a benchmark of the source tree, its table of ratios
@@ -252,7 +293,19 @@ flags:
   --config=FILE[:arg]  a file of configs/, or one's own; --config.a.b=v changes a key.
                        On an existing workdir the config stored there is the default
   --workdir=DIR        artifacts, plan.json, results.json, report.html, samples/
-  --dry_run            print the resolved config, the sites and the cost, and stop"""
+  --dry_run            print the resolved config, the sites and the cost, and stop
+
+of plan:
+  --pareto=64          solve 64 budgets in one call: pareto.json and pareto.html
+  --explain=REGEX      why the sites that match got their widths (prices of the budgets)
+  --export=FORM        write the workdir's plan.json as modelopt or qwix
+
+of evaluate, without a model:
+  --images=PATH        a folder, .npz or .npy of images
+  --reference=PATH     the same, an .npz with mu and sigma, or fashion_reference
+  --features=NAME      fashion_classifier, inception, inception_pytorch_fid
+  --weights=FILE       the public Inception weights
+  --out=FILE.npz       save mu and sigma of the images"""
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def base() -> Config:
             estimator="centered",  # centered, uncentered, debiased
             include_pinned=False,  # do pinned sites count in the other sites' means
             temporal_policy="pooled",  # sites fed by (t, label) alone: pooled, or pin (at 8 bit)
+            samples=16,  # images of a rollout (rollout_error)
         )
     )
     config.aggregate = ConfigDict(
@@ -71,13 +72,28 @@ def base() -> Config:
     )
     config.plan = ConfigDict(
         dict(
-            w_bits=(4, 8),  # choices of the unpinned sites
-            a_bits=8,
+            w_bits=(4, 8),  # an unpinned site chooses a pair (weight bits, activation bits)
+            a_bits=(8,),
+            keep_float=False,  # a site may also stay in float
             pins=(("patch_embed|final", 8), ("t_embed/.*", 8)),  # (regex, bits), in every arm
+            ties=(),  # regexes: sites matched with the same captured groups take one choice
+            legality="any",  # any; or cpu, gpu, tpu: leave out what that device cannot do well
             solver="lp",
-            resource="bytes",  # what the budget counts: bytes on the device or file_bytes
-            budget=0.0,  # in units of the resource; 0 takes the ratio
-            ratio=1.165,  # times what uniform `ratio_bits` with the same pins takes
+            exact=False,  # lp: branch and bound on what the relaxation leaves open
+            node_limit=10_000,
+            bits="",  # file of another tool's bit list: taken as it is, nothing is solved
+            # What is bounded, 0 where nothing is. With no bound at all, `resource` is bounded by
+            # `ratio` times what uniform `ratio_bits` with the same pins takes.
+            budget=dict(
+                bytes=0.0,  # on the device
+                file_bytes=0.0,
+                bitops=0.0,  # per image
+                seconds=0.0,  # per image, from products measured on this device
+                joules=0.0,  # per image, modelled
+                mean_bits=0.0,  # of the weights of unpinned sites
+            ),
+            resource="bytes",
+            ratio=1.165,
             ratio_bits=4,
         )
     )
@@ -93,9 +109,13 @@ def base() -> Config:
     config.evaluate = ConfigDict(
         dict(
             features="fashion_classifier",  # "": paired metrics only, which need no network
-            reference="fashion_reference",
+            weights="",  # of features="inception": the file that FID is defined by
+            reference="fashion_reference",  # or an .npz with mu and sigma
             ceiling_steps=2,  # the float model whose FID is damage 1
             timing_rounds=5,  # every arm once per round, in turn
+            batch_1=False,  # time single images too; one more program per arm
+            drift_images=0,  # images whose trajectories are compared; one more program per arm
+            downstream=False,  # classifiers trained on each arm's samples; needs real test images
         )
     )
     # Further arms, each a name and the keys in which it differs from the plan above (ARM_KEYS).
@@ -132,6 +152,11 @@ ARM_KEYS = {
     "aggregate": "aggregate.name",
     "solver": "plan.solver",
     "w_bits": "plan.w_bits",
+    "a_bits": "plan.a_bits",
+    "keep_float": "plan.keep_float",
+    "exact": "plan.exact",
+    "bits": "plan.bits",
+    "resource": "plan.resource",
     "budget": "plan.budget",
     "ratio": "plan.ratio",
     "ratio_bits": "plan.ratio_bits",
@@ -144,7 +169,8 @@ ARM_KEYS = {
 
 POSITIVE = (
     "diffusion.num_timesteps", "diffusion.num_steps", "calibration.samples",
-    "calibration.timesteps", "calibration.memory_gb", "plan.ratio", "plan.ratio_bits",
+    "calibration.timesteps", "calibration.memory_gb", "score.samples", "plan.ratio",
+    "plan.ratio_bits", "plan.node_limit",
     "sample.num_images", "sample.batch", "evaluate.ceiling_steps", "evaluate.timing_rounds",
     "report.num_images", "train.epochs", "train.batch", "train.learning_rate",
     "train.checkpoint_every", "train.log_every",
@@ -162,11 +188,17 @@ def validate(config: Config) -> None:
     for name, value in config.model.kwargs.items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise InputError(f"config.model.kwargs.{name}={value}: expected at least 1")
+    if config.evaluate.drift_images < 0:
+        raise InputError(
+            f"config.evaluate.drift_images={config.evaluate.drift_images}: expected 0 or more"
+        )
     if config.diffusion.eta < 0:
         raise InputError(f"config.diffusion.eta={config.diffusion.eta}: expected 0 or more")
     _check_pins(config.plan.pins)
-    if config.plan.budget < 0:
-        raise InputError(f"config.plan.budget={config.plan.budget}: expected bytes, or 0 for ratio")
+    _check_ties(config.plan.ties)
+    for name, value in config.plan.budget.items():
+        if not value >= 0:
+            raise InputError(f"config.plan.budget.{name}={value}: expected a bound, or 0 for none")
     if config.calibration.samples < 4:
         raise InputError(f"config.calibration.samples={config.calibration.samples}: at least 4")
     if min(config.seed, config.sample.seed) < 0 or config.seed == config.sample.seed:
@@ -182,8 +214,18 @@ def validate(config: Config) -> None:
         for key in changes:
             if key not in ARM_KEYS:
                 raise _unknown_key(f"config.arms.{name}", key, ARM_KEYS)
-            default = False if key == "float" else _at(base(), ARM_KEYS[key])
-            _check_type(f"config.arms.{name}.{key}", changes[key], default)
+            default: Any = False if key == "float" else _at(base(), ARM_KEYS[key])
+            where = f"config.arms.{name}.{key}"
+            if not isinstance(default, ConfigDict):
+                _check_type(where, changes[key], default)
+            elif not isinstance(changes[key], ConfigDict):
+                raise InputError(f"{where}={changes[key]!r}: expected a group of keys")
+            else:
+                given: Any = changes[key]
+                for part in given:
+                    if part not in default:
+                        raise _unknown_key(where, part, default)
+                    _check_type(f"{where}.{part}", given[part], default[part])
 
 
 def _at(config, path: str):
@@ -229,6 +271,16 @@ def _check_pins(pins) -> None:
             ) from error
 
 
+def _check_ties(ties) -> None:
+    for tie in ties:
+        try:
+            re.compile(tie)
+        except (TypeError, re.error) as error:
+            raise InputError(
+                f"config.plan.ties has {tie!r} ({error}): expected regexes of site paths"
+            ) from error
+
+
 def _unknown_key(where: str, key: str, known) -> InputError:
     near = difflib.get_close_matches(key, list(known), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -238,13 +290,17 @@ def _unknown_key(where: str, key: str, known) -> InputError:
 def for_arm(config: Config, changes) -> Config:
     """A copy of `config` with an arm's `changes` (keys of ARM_KEYS) put where they belong."""
     copy = config.copy_and_resolve_references()
+    if {"ratio", "ratio_bits", "resource", "budget"} & set(changes):  # the arm's own budget
+        copy.plan.budget = base().plan.budget
     for key, value in changes.items():
         if key == "float":
             continue
         group, _, leaf = ARM_KEYS[key].rpartition(".")
-        (copy[group] if group else copy)[leaf] = value
-    if {"ratio", "ratio_bits"} & set(changes) and "budget" not in changes:
-        copy.plan.budget = 0.0  # the arm names its own budget
+        into = copy[group] if group else copy
+        if isinstance(value, ConfigDict):
+            into[leaf].update(value)
+        else:
+            into[leaf] = value
     return copy
 
 
@@ -254,6 +310,7 @@ def smoke(config: Config) -> Config:
     config.model.kwargs.update(width=16, depth=2, num_heads=2)
     config.diffusion.num_steps = 4
     config.calibration.update(samples=8, timesteps=4)
+    config.score.samples = 4
     config.sample.update(num_images=8, batch=4)
     config.evaluate.timing_rounds = 2
     config.report.num_images = 2

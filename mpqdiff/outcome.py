@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mpqdiff import fidelity, report, results, scoring
 from mpqdiff import images as pictures
 from mpqdiff import plan as plans
-from mpqdiff import report, results
 from mpqdiff.arms import Arm, list_arms
 from mpqdiff.artifacts import digest, read_json, write_json
+from mpqdiff.decisions import explained
 from mpqdiff.pipeline import Experiment
 from mpqdiff.plan import Plan
 
@@ -46,7 +47,7 @@ def run(experiment: Experiment, *, command: str) -> dict:
     clock.lap("sample")
     times = results.timed(arms)
     clock.lap("time")
-    rows, described = results.metrics(arms) if config.publish else ([{}] * len(arms), {})
+    rows, described = fidelity.metrics(arms) if config.publish else ([{}] * len(arms), {})
     clock.lap("evaluate")
     found = results.assemble(arms, times, rows, described)
     write_json(workdir / "results.json", found)
@@ -86,7 +87,7 @@ def save_samples(arms: list[Arm], folder: Path, count: int) -> None:
 def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
     """`report.html` from what the stages found."""
     config = experiment.config
-    scores = experiment.scores(config)
+    scores = scoring.scores(experiment, config)[1]
     value = np.asarray(scores.value)
     value = value.mean(axis=-1) if value.ndim == 3 else value
     if scores.kind == "redundancy":  # shown so that more is more important, for every score
@@ -95,10 +96,14 @@ def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
     matrix = None if scores.matrix is None else np.asarray(scores.matrix).mean(axis=0)
     time_only = np.asarray(experiment.statistics[1].time_only)
     paths = [site.path for site in experiment.sites]
+    front = experiment.store.workdir / "pareto.json"
     data = report.ReportData(
         results=found,
         plan=plans.to_json(planned(arms[1])),
-        sites=[site_row(site, paths, time_only) for site in experiment.all_sites],
+        sites=[
+            site_row(site, paths, time_only) | _stored(site, paths, experiment.asymmetric(config))
+            for site in experiment.all_sites
+        ],
         remainder=[{"name": entry.name, "macs": entry.macs} for entry in experiment.remainder],
         timesteps=timesteps,
         importance=np.broadcast_to(value, (len(timesteps), value.shape[1])),
@@ -113,8 +118,16 @@ def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
         stages=clock.stages,
         arm="plan",
         plans={arm.name: plans.to_json(arm.plan) for arm in arms if arm.plan},
+        explain=None if config.plan.bits else explained(experiment),
+        pareto=read_json(front) if front.exists() else None,
     )
     report.write(experiment.store.workdir / "report.html", data)
+
+
+def _stored(site, planned: list[str], asymmetric: list[bool]) -> dict:
+    """What a site stores beside its weights: biases, and column sums where asymmetric."""
+    flag = site.path in planned and asymmetric[planned.index(site.path)]
+    return {"bias": site.bias, "asymmetric": bool(flag)}
 
 
 def site_row(site, planned: list[str], time_only) -> dict:
@@ -164,19 +177,6 @@ def write_manifest(experiment, arms, clock: Clock, command: str) -> None:
             "stages": clock.stages,
         },
     )
-
-
-def plan_only(experiment: Experiment, *, command: str) -> str:
-    """Stages up to `plan.json`; returns what to print."""
-    workdir, clock = experiment.store.workdir, Clock()
-    plan = experiment.plan(experiment.config, experiment.config.system)
-    clock.lap("plan")
-    write_json(workdir / "config.json", experiment.config.to_dict())
-    plans.save(plan, workdir / "plan.json")
-    width = max(map(len, plan.w_bits))
-    lines = [f"{path:<{width}}  {bits or 'float'}" for path, bits in plan.w_bits.items()]
-    lines.append(f"budget {plan.budgets}, predicted {plan.predicted}, gap {plan.gap:.3g}")
-    return "\n".join([*lines, f"written: {workdir / 'plan.json'}"])
 
 
 def planned_arm(experiment: Experiment) -> Arm:

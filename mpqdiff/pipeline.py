@@ -1,11 +1,12 @@
-"""The stages called in turn, each cached by content: what `mpqdiff run` does.
+"""What all recipes of an experiment share: model, sites, calibration set and statistics.
 
     load -> sites -> calibrate -> record -> score -> aggregate -> problem -> solve -> plan
          -> quantize -> sample -> evaluate -> results
 
 A system is the recipe in the config; an arm is a recipe that differs from it in a few keys
-(`config.for_arm`). `arms.py` turns recipes into models and samples, `results.py` measures
-them, `outcome.py` writes files.
+(`config.for_arm`). `scoring.py` and `planning.py` turn recipes into plans, `arms.py` plans into
+models and samples, `results.py` measures them, `outcome.py` writes files. Each stage is cached by
+content.
 """
 
 from dataclasses import replace
@@ -15,30 +16,26 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from mpqdiff import aggregate, record, sensitivity, solve
-from mpqdiff import plan as plans
+from mpqdiff import record
 from mpqdiff import sites as site_list
 from mpqdiff.artifacts import Store, chunked, digest, load_arrays, save_arrays, tree_digest
 from mpqdiff.config import Config
-from mpqdiff.costs import RESOURCES, check_choices, problem
-from mpqdiff.costs.bytes import total
 from mpqdiff.denoiser import Denoise, from_linen
 from mpqdiff.diffusion.guidance import guide
 from mpqdiff.diffusion.samplers import SAMPLERS, initial_noise, step_keys, uniform_timesteps
 from mpqdiff.diffusion.schedule import alphas_cumprod
-from mpqdiff.errors import InputError
-from mpqdiff.plan import Plan
+from mpqdiff.plan import Plan, with_choices
 from mpqdiff.quantize import activations
-from mpqdiff.quantize.apply import dequantized, fixed_cost, float_leaves
-from mpqdiff.quantize.store import header_bytes
+from mpqdiff.quantize.numerics import BITS
 from mpqdiff.recipe import check_features, check_names, load_model, recipes
-from mpqdiff.records import Scores, Statistics
-from mpqdiff.sites import Site
+from mpqdiff.records import Statistics
 
 # Bumped when a stage's results change.
-VERSIONS = {"calibrate": 1, "record": 2, "score": 2, "plan": 3, "sample": 1, "features": 1}
+VERSIONS = {
+    "calibrate": 1, "record": 3, "score": 3, "seconds": 1, "plan": 4, "sample": 1, "features": 2,
+    "trajectory": 1, "downstream": 1,
+}  # fmt: skip
 
 
 class Experiment:
@@ -60,7 +57,7 @@ class Experiment:
         found, self.remainder = site_list.list_sites(
             self.denoise, self.params, *site_list.example_inputs(self.image_shape)
         )
-        self.all_sites = site_list.pin(found, config.plan.pins)
+        self.all_sites = site_list.tie(site_list.pin(found, config.plan.pins), config.plan.ties)
         self.sites = site_list.planned(self.all_sites, products=config.quantize.products)
         check_features(config, self.image_shape)
         self.abar = alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
@@ -79,6 +76,11 @@ class Experiment:
         noise = initial_noise(seed, start, count, self.image_shape)
         keys = step_keys(seed, start, count) if self.config.diffusion.eta else None
         return noise, jnp.asarray(self.labels(start, count)), keys
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the model's labels, the null label apart."""
+        return self.module.num_classes
 
     @property
     def halves(self) -> int:
@@ -151,25 +153,16 @@ class Experiment:
         )
         return folder, load_arrays(folder / "calibration.npz")
 
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """Every width that some arm may choose: what damage scores are measured at."""
-        used = (check_choices(arm.plan.w_bits) for arm in recipes(self.config))
-        return tuple(sorted({int(w) for widths in used for w in widths}))
-
-    def needs(self, score: str) -> bool:
-        """Whether the config or one of its arms uses `score`."""
-        return any(arm.score.name == score for arm in recipes(self.config))
+    def mixed_labels(self, labels: np.ndarray) -> np.ndarray:
+        """`labels`, int32 [N], every other one null under guidance: it is evaluated as often."""
+        if self.halves == 2:
+            labels = np.where(np.arange(len(labels)) % 2, self.module.num_classes, labels)
+        return labels.astype(np.int32)
 
     @cached_property
     def statistics(self) -> tuple[Path, Statistics]:
         """(folder, Statistics) of one pass over the calibration set."""
         calibration, data = self.calibration
-        w_bits = self.widths if self.needs("output_error") else ()
-        clip = self.config.quantize.clip
-        labels = data["labels"]
-        if self.halves == 2:  # under guidance the null label is evaluated as often
-            labels = np.where(np.arange(len(labels)) % 2, self.module.num_classes, labels)
 
         def compute(folder):
             stats = record.record(
@@ -177,11 +170,9 @@ class Experiment:
                 self.params,
                 data["x_ts"],
                 data["timesteps"],
-                labels.astype(np.int32),
+                self.mixed_labels(data["labels"]),
                 self.sites,
                 memory_gb=self.config.calibration.memory_gb,
-                w_bits=w_bits,
-                requantize=lambda kernel, bits: dequantized(kernel, bits, clip=clip),
                 chunks=chunked(folder, "record"),
             )
             save_arrays(folder / "statistics.npz", vars(stats))
@@ -189,8 +180,6 @@ class Experiment:
         key = {
             "calibration": calibration.name,
             "sites": [site.path for site in self.sites],
-            "w_bits": w_bits,
-            "clip": clip if w_bits else None,
             "memory_gb": self.config.calibration.memory_gb,
         }
         folder = self.store.get("record", version=VERSIONS["record"], key=key, compute=compute)
@@ -202,59 +191,14 @@ class Experiment:
             ]
         return folder, stats
 
-    def kernels(self) -> list:
-        """The float kernels of the planned sites, in order; a product's is a single zero."""
-        flat = traverse_util.flatten_dict(self.params, sep="/")
-        empty = jnp.zeros((1, 1))
-        return [
-            flat.get(f"{site_list.module_path(site.path)}/kernel", empty) for site in self.sites
-        ]
-
-    def scores(self, config: Config) -> Scores:
-        """The scores of the recipe `config`, cached."""
-        name = config.score.name
-        recorded, stats = self.statistics
-        arguments = {}
-        if name == "orthogonality":
-            arguments = {k: config.score[k] for k in ("estimator", "temporal_policy")}
-            if not config.score.include_pinned:
-                arguments["member"] = [site.pin is None for site in self.sites]
-        elif name == "weight_error":
-            arguments = {"w_bits": list(self.widths), "clip": config.quantize.clip}
-        elif name == "random":
-            arguments = {"seed": config.seed}
-
-        def measure() -> Scores:
-            if name == "orthogonality":
-                return sensitivity.SCORES[name](stats, **arguments)
-            if name == "weight_error":
-                return sensitivity.SCORES[name](
-                    self.kernels(),
-                    self.widths,
-                    lambda kernel, bits: dequantized(kernel, bits, clip=arguments["clip"]),
-                )
-            if name == "random":
-                key = jax.random.key(config.seed)
-                return sensitivity.SCORES[name](key, len(stats.timesteps), len(self.sites))
-            return sensitivity.SCORES[name](stats)
-
-        def compute(folder):
-            scores = measure()
-            save_arrays(folder / "scores.npz", {"value": scores.value, "matrix": scores.matrix})
-            (folder / "kind.txt").write_text(scores.kind)
-
-        key = {"record": recorded.name, "score": name, **arguments}
-        folder = self.store.get("score", version=VERSIONS["score"], key=key, compute=compute)
-        arrays = load_arrays(folder / "scores.npz")
-        kind = (folder / "kind.txt").read_text()
-        self.score_name = folder.name
-        return Scores(arrays["value"], kind=kind, name=name, matrix=arrays.get("matrix"))
-
-    def table(self, config: Config, a_bits: dict | None = None) -> activations.Table:
-        """The activation table of the recipe, or of a plan's own `a_bits`."""
-        bits = config.plan.a_bits
-        if a_bits is None:
-            a_bits = {site.path: self._a_bits(site, bits) for site in self.sites}
+    def table(self, config: Config, a_bits: dict | int | None = None) -> activations.Table:
+        """The activation table at a plan's own `a_bits`, or at one width (default: the widest)."""
+        if not isinstance(a_bits, dict):
+            bits = a_bits or max(config.plan.a_bits)
+            a_bits = {
+                site.path: {"lhs": bits, "rhs": bits} if site.kind == "product" else bits
+                for site in self.sites
+            }
         return activations.table(
             self.statistics[1],
             self.sites,
@@ -268,126 +212,24 @@ class Experiment:
             return [False] * len(self.sites)
         return activations.lopsided(self.statistics[1], self.sites)
 
-    def fixed(self, config: Config) -> dict[str, float]:
-        """Bytes no choice changes, by resource."""
-        table = self.table(config)
-        fixed = fixed_cost(self.params, self.sites, rows=len(table.timesteps))
-        left = float_leaves(self.params, self.sites)
-        fixed["file_bytes"] += header_bytes(self._draft(config), self.sites, left)
-        return fixed
-
-    def predict(self, w_bits: dict, config: Config) -> dict[str, float]:
-        """Bytes on the device, and at most in the file, of the widths `w_bits`."""
-        fixed = self.fixed(config)
-        return {
-            name: total(self.sites, w_bits, self.asymmetric(config), fixed[name], resource)
-            for name, resource in RESOURCES.items()
-        }
-
-    def budget(self, config: Config) -> float:
-        """The recipe's budget in its resource: given, or the ratio times uniform `ratio_bits`."""
-        p = config.plan
-        if p.budget:
-            return float(p.budget)
-        uniform = {site.path: site.pin or p.ratio_bits for site in self.sites}
-        return float(np.floor(p.ratio * self.predict(uniform, config)[p.resource]))
-
-    def plan(self, config: Config, system: str) -> Plan:
-        """Solve the recipe `config` into a Plan, cached. InputError names an impossible budget."""
-        p = config.plan
-        scores = self.scores(config)
-        key = {
-            "record": self.statistics[0].name,
-            "score": self.score_name,
-            "aggregate": config.aggregate.to_dict(),
-            "plan": p.to_dict(),
-            "mode": config.quantize.mode,
-            "clip": config.quantize.clip,
-            "num_steps": config.diffusion.num_steps,
-            "seed": config.seed,
-            "system": system,
-        }
-
-        def compute(folder):
-            plans.save(self._solve(config, system, scores), folder / "plan.json")
-
-        folder = self.store.get("plan", version=VERSIONS["plan"], key=key, compute=compute)
-        return plans.load(folder / "plan.json")
-
-    def _solve(self, config: Config, system: str, scores: Scores) -> Plan:
-        p = config.plan
-        choices = check_choices(p.w_bits)
-        value = aggregate.aggregate(
-            scores,
-            timesteps=self.statistics[1].timesteps,
-            num_timesteps=config.diffusion.num_timesteps,
-            method=config.aggregate.name,
-            lam=config.aggregate.lam,
-            beta=config.aggregate.beta,
-        )
-        if scores.kind == "redundancy":
-            value = aggregate.lift(value, choices)
-        else:
-            value = value[:, [self.widths.index(w) for w in choices]]
-        budget = self.budget(config)
-        knapsack = problem(
-            value,
-            self.sites,
-            w_bits=choices,
-            a_bits=p.a_bits,
-            budgets={p.resource: budget},
-            fixed=self.fixed(config),
-            asymmetric=self.asymmetric(config),
-        )
-        low, high = solve.budget_range(knapsack)
-        if p.budget and budget > high:
-            raise InputError(
-                f"plan.budget={budget:.0f} {p.resource} is above the maximum {high:.0f}, what the "
-                f"widest choices take; expected {low:.0f} to {high:.0f}"
-            )
-        arguments = {"key": jax.random.key(config.seed)} if p.solver == "random" else {}
-        answer = solve.solve(knapsack, p.solver, **arguments)
-        bits = [int(knapsack.w_bits[k]) for k in np.asarray(answer.choice)]
-        pairs = zip(self.sites, bits, strict=True)
-        w_bits = {site.path: width for site, width in pairs if site.parameters}
-        draft = self._draft(config)
-        return replace(
-            draft,
-            w_bits={path: w_bits.get(path) for path in draft.w_bits},
-            system=system,
-            budgets={p.resource: budget},
-            predicted=self.predict(w_bits, config),
-            objective=float(answer.objective),
-            bound=float(answer.bound),
-            gap=float(answer.gap),
-            provenance={
-                "config_hash": plans.digest(config.to_dict()),
-                "calibration_hash": self.calibration[0].name,
-                "versions": {"jax": jax.__version__},
-                "seed": config.seed,
-                "score": config.score.name,
-                "solver": p.solver,
-                "status": answer.status,
-            },
-        )
-
-    def _draft(self, config: Config) -> Plan:
-        """The plan of the recipe but for its widths, which are all 8, and what led to them."""
+    def draft(self, config: Config) -> Plan:
+        """The plan of the recipe but for its widths, all the widest, and what led to them."""
         mode, timesteps = config.quantize.mode, self.steps(config.diffusion.num_steps)
-        decided = {site.path for site in self.sites if site.parameters}
-        return Plan(
+        nothing = {"lhs": None, "rhs": None}
+        bare = Plan(
             model={"hash": self.model_hash, "name": self.model["name"]},
-            w_bits={site.path: 8 if site.path in decided else None for site in self.all_sites},
-            a_bits={site.path: self._a_bits(site, config.plan.a_bits) for site in self.all_sites},
+            w_bits=dict.fromkeys(site.path for site in self.all_sites),
+            a_bits={
+                site.path: nothing if site.kind == "product" else None for site in self.all_sites
+            },
             mode=mode,
             groups=activations.groups(self.statistics[1].timesteps, timesteps, mode),
             timesteps=tuple(int(t) for t in timesteps),
             system="",
         )
+        widest = (max(BITS), max(config.plan.a_bits))
+        return with_choices(bare, self.sites, dict.fromkeys((s.path for s in self.sites), widest))
 
-    def _a_bits(self, site: Site, bits: int):
-        decided = any(site.path == other.path for other in self.sites)
-        if site.kind == "product":
-            width = bits if decided else None
-            return {"lhs": width, "rhs": width}
-        return bits if decided else None
+    def evaluations(self, config: Config) -> int:
+        """Denoiser evaluations that an image of the recipe takes."""
+        return config.diffusion.num_steps * self.halves

@@ -13,6 +13,7 @@ from typing import Any
 
 from mpqdiff.artifacts import digest, read_json, write_json
 from mpqdiff.errors import InputError
+from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sites import Site
 
 SCHEMA = 1
@@ -70,7 +71,7 @@ def runs_in_integers(a_bits: Any) -> bool:
 def average_bits(plan: Plan, sites: Sequence[Site]) -> float:
     """Mean stored width over all site weights; a site left in float counts 32."""
     weights = [site for site in sites if site.parameters]
-    total = sum(site.parameters * (plan.w_bits[site.path] or 32) for site in weights)
+    total = sum(site.parameters * (plan.w_bits[site.path] or FLOAT_BITS) for site in weights)
     return total / sum(site.parameters for site in weights)
 
 
@@ -203,6 +204,14 @@ def diff(a: Plan, b: Plan) -> dict[str, tuple]:
     }
 
 
-def with_bits(plan: Plan, w_bits: dict[str, int | None], **changes) -> Plan:
-    """`plan` with other widths and whatever `changes` name."""
-    return replace(plan, w_bits=w_bits, **changes)
+def with_choices(
+    plan: Plan, sites: Sequence[Site], chosen: dict[str, tuple[int, int]], **changes
+) -> Plan:
+    """`plan` with the pairs (w_bits, a_bits) `chosen` for `sites`, FLOAT_BITS for float, and
+    whatever `changes` name."""
+    w_bits, a_bits = dict(plan.w_bits), dict(plan.a_bits)
+    for site in sites:
+        w, a = (None if bits == FLOAT_BITS else bits for bits in chosen[site.path])
+        w_bits[site.path] = w if site.parameters else None
+        a_bits[site.path] = {"lhs": a, "rhs": a} if site.kind == "product" else a
+    return replace(plan, w_bits=w_bits, a_bits=a_bits, **changes)

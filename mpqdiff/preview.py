@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from mpqdiff import pipeline
 from mpqdiff import sites as site_list
+from mpqdiff.costs import legal_choices, list_choices
 from mpqdiff.denoiser import from_linen
 from mpqdiff.outcome import site_row
 from mpqdiff.record import timesteps_per_chunk
+from mpqdiff.sensitivity.damage import evaluations
 
 
 def macs_per_second() -> float:
@@ -39,9 +41,10 @@ def text(config) -> str:
     paths = [site.path for site in planned]
     rows = [site_row(site, paths, None) for site in sites]
     width = max(len(row["path"]) for row in rows)
+    offered = "/".join(map(str, config.plan.w_bits)) + ("/float" if config.plan.keep_float else "")
     lines = [str(config), f"{'site':<{width}}  kind       parameters        MACs  bits"]
     for row in rows:
-        choices = row["pinned"] or "/".join(map(str, config.plan.w_bits))
+        choices = row["pinned"] or offered
         lines.append(
             f"{row['path']:<{width}}  {row['kind']:<9}  {row['parameters']:>10,}  "
             f"{row['macs']:>10,}  {choices if row['reason'] is None else 'float: ' + row['reason']}"
@@ -57,24 +60,45 @@ def cost(config, params, sites, planned, remainder) -> str:
     halves = 1 if config.diffusion.guidance_scale == 1.0 else 2
     arms = 2 + len(config.arms)
     c, samples = config.calibration, config.sample.num_images
+    recorded = min(c.timesteps, steps)
     calls = {
         "calibrate": c.samples * steps * halves,
-        "record": c.samples * min(c.timesteps, steps) * 2,
+        "record": c.samples * recorded * 2,
+        **score_calls(config, planned, recorded, steps * halves),
         "sample": arms * samples * steps * halves,
         "time": arms * (config.evaluate.timing_rounds + 1) * config.sample.batch * steps * halves,
     }
     # Elementwise work, normalisation and attention: small models reach about a fifth of the rate.
     rate = macs_per_second() / 5
     lines = [
-        f"{name:<10} {count:>10,} evaluations, about {count * macs / rate:,.0f} s"
+        f"{name:<13} {count:>10,} evaluations, about {count * macs / rate:,.0f} s"
         for name, count in calls.items()
     ]
     chunk = min(timesteps_per_chunk(planned, c.samples, c.memory_gb), c.timesteps)
     grams = 4 * c.timesteps * len(planned) * c.samples**2
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
     lines += [
-        f"compiling  {arms + 4} programs",
-        f"memory     {c.memory_gb} GB of activations at most ({chunk} timesteps at once), "
+        f"compiling     {arms + 4} programs",
+        f"memory        {c.memory_gb} GB of activations at most ({chunk} timesteps at once), "
         f"{grams / 2**20:.1f} MiB of Grams, {weights / 2**20:.1f} MiB of float32 weights",
     ]
     return "\n".join(lines)
+
+
+def score_calls(config, planned, recorded: int, steps: int) -> dict[str, int]:
+    """Evaluations of each damage score that a recipe uses; what takes none is left out."""
+    every = pipeline.recipes(config)
+    offered = {
+        choice
+        for recipe in every
+        for choice in list_choices(
+            recipe.plan.w_bits, recipe.plan.a_bits, keep_float=recipe.plan.keep_float
+        )
+    }
+    choices, legal = legal_choices(planned, sorted(offered))
+    counts = {}
+    for name in dict.fromkeys(recipe.score.name for recipe in every):
+        rollout = name == "rollout_error"
+        samples = config.score.samples if rollout else config.calibration.samples
+        counts[name] = evaluations(name, planned, choices, recorded, samples, steps, legal=legal)
+    return {name: count for name, count in counts.items() if count}

@@ -1,16 +1,19 @@
 """A recipe is a config, or a config as one arm changes it: checked, and its model loaded."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from mpqdiff import aggregate, models, sensitivity, solve, weights
 from mpqdiff import plan as plans
 from mpqdiff.config import Config, for_arm
-from mpqdiff.costs import RESOURCES, check_choices
+from mpqdiff.costs import RESOURCES, list_choices
+from mpqdiff.costs.legality import RULES
 from mpqdiff.diffusion.samplers import SAMPLERS, uniform_timesteps
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.evaluate import features
+from mpqdiff.evaluate import features, statistics
 from mpqdiff.quantize.apply import BACKENDS
 from mpqdiff.quantize.numerics import CLIPS, check_bits
 from mpqdiff.sensitivity import orthogonality
@@ -25,13 +28,23 @@ def check_features(config: Config, image_shape: tuple[int, ...]) -> None:
     """InputError when the feature network or its reference does not fit, before any work."""
     if not (config.publish and config.evaluate.features):
         return
-    network = features.load(config.evaluate.features)
-    features.load_reference(config.evaluate.reference, network=network)
-    if tuple(network.image_shape) != tuple(image_shape):
+    network, _ = feature_space(config)
+    if not network.accepts(image_shape):
         raise InputError(
             f"{network.name} takes images {network.image_shape}, the model makes {image_shape}: "
             "set config.evaluate.features='' for paired metrics, which need no network"
         )
+
+
+def feature_space(config: Config) -> tuple[features.FeatureNetwork, Any]:
+    """(feature network, reference statistics) that the config names.
+
+    Raises InputError on weights or a reference that is missing, damaged or of another network.
+    """
+    network = features.load(config.evaluate.features, weights=config.evaluate.weights or None)
+    if config.evaluate.reference.endswith(".npz"):
+        return network, statistics.load(config.evaluate.reference)
+    return network, features.load_reference(config.evaluate.reference, network=network)
 
 
 def check_names(config: Config) -> None:
@@ -43,6 +56,7 @@ def check_names(config: Config) -> None:
         ("aggregation", config.aggregate.name, aggregate.AGGREGATIONS),
         ("solver", config.plan.solver, solve.SOLVERS),
         ("budget resource", config.plan.resource, RESOURCES),
+        ("legality", config.plan.legality, ("any", *RULES)),
         ("back end", config.quantize.backend, BACKENDS),
         ("activation mode", config.quantize.mode, plans.MODES),
         ("weight clip", config.quantize.clip, CLIPS),
@@ -50,8 +64,13 @@ def check_names(config: Config) -> None:
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
-    check_choices(config.plan.w_bits)
-    for bits in (config.plan.a_bits, config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
+    list_choices(config.plan.w_bits, config.plan.a_bits)
+    if config.plan.resource == "seconds" and not any(config.plan.budget.values()):
+        raise InputError(
+            "config.plan.resource='seconds' with a ratio: seconds are bounded as they are; set "
+            "config.plan.budget.seconds, or resource to another"
+        )
+    for bits in (config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
         check_bits(bits)
     uniform_timesteps(config.diffusion.num_timesteps, config.diffusion.num_steps)
     alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)

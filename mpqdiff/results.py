@@ -5,15 +5,12 @@ from importlib import metadata
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from mpqdiff import images as pictures
 from mpqdiff.arms import Arm, time_arms
-from mpqdiff.artifacts import load_arrays, read_json, save_arrays, write_json
+from mpqdiff.artifacts import read_json, write_json
 from mpqdiff.costs.bitops import bitops
-from mpqdiff.evaluate import evaluate, features, paired_numbers
-from mpqdiff.evaluate.protocol import protocol
-from mpqdiff.pipeline import VERSIONS
+from mpqdiff.evaluate import efficiency as speed
+from mpqdiff.evaluate import energy_meter
 from mpqdiff.plan import average_bits
 
 SCHEMA = 1
@@ -37,129 +34,109 @@ def environment() -> dict:
     }
 
 
-def extracted(arm: Arm, network) -> dict:
-    """{images uint8, features, logits} of an arm's samples; features are cached."""
-    name, x_0 = arm.samples
-    images = pictures.to_uint8(x_0)
-
-    def compute(folder):
-        found, logits = features.extract(network, images)
-        save_arrays(folder / "features.npz", {"features": found, "logits": logits})
-
-    key = {"sample": name, "network": network.hash}
-    folder = arm.experiment.store.get(
-        "features", version=VERSIONS["features"], key=key, compute=compute
-    )
-    return {"images": images, **load_arrays(folder / "features.npz")}
-
-
-def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
-    """(one row of metrics per arm, the protocol). Arm 0 is float, with which all are paired."""
-    experiment, config = arms[0].experiment, arms[0].config
-    if not config.evaluate.features:
-        return [paired_metrics(arm, arms[0]) for arm in arms], {}
-    network = features.load(config.evaluate.features)
-    reference = features.load_reference(config.evaluate.reference, network=network)
-    described = protocol(
-        feature_space=network.name,
-        feature_hash=network.hash,
-        reference=config.evaluate.reference,
-        reference_count=reference.num_train,
-        n_images=config.sample.num_images,
-        seeds=[config.sample.seed],
-        guidance=config.diffusion.guidance_scale,
-        sampler=f"{config.diffusion.sampler}, eta {config.diffusion.eta:g}, clip "
-        f"{config.diffusion.clip}",
-        ceiling_steps=config.evaluate.ceiling_steps,
-        image_size=experiment.image_shape,
-    )
-    low = config.copy_and_resolve_references()
-    low.diffusion.num_steps = config.evaluate.ceiling_steps
-    ceiling = extracted(Arm(experiment, "ceiling", "float32", low, None), network)
-    base, base_x_0 = extracted(arms[0], network), arms[0].samples[1]
-    rows = []
-    for arm in tqdm(arms, desc="evaluate"):
-        own = extracted(arm, network)
-        paired = (
-            {} if arm is arms[0] else {"float_x_0": base_x_0, "float_features": base["features"]}
-        )
-        rows.append(
-            evaluate(
-                images=own["images"],
-                x_0=arm.samples[1],
-                features=own["features"],
-                logits=own["logits"],
-                reference=reference,
-                ceiling_features=ceiling["features"],
-                seed=config.seed,
-                **paired,
-            )
-        )
-    return rows, described
-
-
-def paired_metrics(arm: Arm, base: Arm) -> dict:
-    """The metrics that need no feature network: against float on the same seeds."""
-    return {} if arm is base else paired_numbers(arm.samples[1], base.samples[1])
-
-
 def timed(arms: list[Arm]) -> list[dict]:
-    """`time_arms`, measured once per machine, versions and arms: a report does not change them."""
+    """`time_arms`, each arm's energy, and this device's fastest products ("ceilings"): measured
+    once per machine, versions and arms, so that a report does not change them."""
     experiment, rounds = arms[0].experiment, arms[0].config.evaluate.timing_rounds
+    batch_1 = arms[0].config.evaluate.batch_1
 
     def compute(folder):
-        write_json(folder / "times.json", time_arms(arms, rounds))
+        times = time_arms(arms, rounds, batch_1=batch_1)
+        ceilings = {kind: speed.ceiling(kind)._asdict() for kind in ("int8", "float32")}
+        energies = [used_energy(arm)._asdict() for arm in arms]
+        rows = zip(times, energies, strict=True)
+        write_json(
+            folder / "times.json",
+            [{**taken, "energy": energy, "ceilings": ceilings} for taken, energy in rows],
+        )
 
     key = {
         "arms": [arm.samples[0] for arm in arms],
         "rounds": rounds,
+        "batch_1": batch_1,
         "environment": environment() | {"host": platform.node()},
     }
-    folder = experiment.store.get("time", version=1, key=key, compute=compute)
+    folder = experiment.store.get("time", version=2, key=key, compute=compute)
     return read_json(folder / "times.json")
 
 
 def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
     """The part of an arm's row that is counted or measured."""
-    experiment = arm.experiment
+    experiment, plan = arm.experiment, arm.plan
     own = np.array(times["own"])
-    quartiles = np.percentile(own, [25, 75])
-    plan = arm.plan
+    evaluations = len(arm.timesteps) * experiment.halves
+    sites, remainder = experiment.all_sites, experiment.remainder
+    widths = (plan.w_bits, plan.a_bits) if plan else ({}, {})
+    flags = zip(experiment.sites, experiment.asymmetric(arm.config), strict=True)
+    macs = speed.macs_by_type(
+        sites, remainder, plan.integer(sites) if plan else [], evaluations=evaluations
+    )
+    energy = energy_meter.Energy(**times["energy"])
+    ceilings = {kind: speed.Ceiling(**found) for kind, found in times["ceilings"].items()}
     return {
         "arm": arm.name,
         "system": arm.system,
-        "avg_w_bits": average_bits(plan, experiment.all_sites) if plan else 32.0,
+        "avg_w_bits": average_bits(plan, sites) if plan else 32.0,
         "bytes": arm.passed_bytes,
         "file_bytes": arm.file_bytes,
         "compression": sum(leaf.size * 4 for leaf in jax.tree.leaves(experiment.params))
         / arm.file_bytes,
-        "bitops": bitops(
-            experiment.all_sites,
-            experiment.remainder,
-            plan.w_bits if plan else {},
-            plan.a_bits if plan else {},
-            len(arm.timesteps) * experiment.halves,
+        "bitops": bitops(sites, remainder, *widths, evaluations),
+        "bitops_terms": speed.bitops_terms(
+            sites,
+            remainder,
+            *widths,
+            asymmetric=[site.path for site, flag in flags if flag],
+            evaluations=evaluations,
         ),
         "steps": len(arm.timesteps),
-        "ms_per_image": {
-            "median": float(np.median(own)),
-            "iqr": float(quartiles[1] - quartiles[0]),
-            "n": len(own),
-            "batch": arm.batch,
-        },
+        "ms_per_image": _milliseconds(own, arm.batch),
+        "ms_per_image_batch_1": _milliseconds(times["single"], 1),
         # Medians of ratios within a round: a drift of the machine's speed cancels.
         "speedup": float(np.median(np.array(base_times) / own)),
         "speedup_same_steps": float(np.median(np.array(times["float_same_steps"]) / own)),
+        "fraction_of_peak": speed.fraction_of_peak(macs, 1e-3 * float(np.median(own)), ceilings),
         "peak_bytes": arm.execution.peak_bytes,
         "resident_bytes": arm.execution.resident_bytes,
-        "energy_j": None,
+        "energy_j": energy.joules,
+        "energy_label": energy.label,
+        "energy_source": energy.source,
         "execution": "integer" if plan else "float",
         "backend": arm.backend,
     }
 
 
+def _milliseconds(taken, batch: int) -> dict | None:
+    """Median and interquartile range of milliseconds per image; None where not measured."""
+    if taken is None:
+        return None
+    low, median, high = np.percentile(taken, [25, 50, 75])
+    return {
+        "median": float(median), "iqr": float(high - low), "n": len(taken), "batch": batch,
+    }  # fmt: skip
+
+
+def used_energy(arm: Arm) -> energy_meter.Energy:
+    """Joules per image: the devices' counter where they have one, else the documented model."""
+    plan, experiment = arm.plan, arm.experiment
+    return energy_meter.joules_per_image(
+        lambda: arm.run_batch(0),
+        images=arm.batch,
+        modelled=energy_meter.modelled_joules(
+            experiment.all_sites,
+            experiment.remainder,
+            plan.w_bits if plan else {},
+            plan.a_bits if plan else {},
+            evaluations=len(arm.timesteps) * experiment.halves,
+            batch=arm.batch,
+        ),
+        counter=energy_meter.find_counter(),
+    )
+
+
 def assemble(arms: list[Arm], times: list[dict], rows: list[dict], described: dict) -> dict:
-    """The results object: `times` as `timed` gives them, `rows` and the protocol as `metrics`."""
+    """The results object: `times` as `timed` gives them, `rows` and the protocol as
+    `fidelity.metrics`."""
     config = arms[0].config
     return {
         "schema": SCHEMA,

@@ -156,6 +156,27 @@ def pin(sites: list[Site], pins) -> list[Site]:
     return pinned
 
 
+def tie(sites: list[Site], patterns) -> list[Site]:
+    """`sites` with one `Site.tie` for all that a regex matches with the same captured groups.
+
+    `"(block_\\d+)/attn/[qkv]"` ties q, k and v of each block; a pattern without groups ties all its
+    matches. Sites that share parameters stay tied. Raises InputError for a pattern that matches
+    fewer than two sites.
+    """
+    for pattern in patterns:
+        groups: dict[tuple, list[str]] = {}
+        for site in sites:
+            match = re.fullmatch(pattern, site.path)
+            if match:
+                groups.setdefault(match.groups(), []).append(site.tie)
+        if not any(len(ties) > 1 for ties in groups.values()):
+            paths = ", ".join(site.path for site in sites)
+            raise InputError(f"tie {pattern!r} matches no two sites together; sites: {paths}")
+        merged = {tie: ties[0] for ties in groups.values() for tie in ties}
+        sites = [replace(site, tie=merged.get(site.tie, site.tie)) for site in sites]
+    return sites
+
+
 def planned(sites: list[Site], *, products: bool = False) -> list[Site]:
     """The sites a plan decides on: those with a weight product, and products where asked for."""
     kinds = {"dense", "conv"} | ({"product"} if products else set())

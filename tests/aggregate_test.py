@@ -106,8 +106,14 @@ def test_damage_is_the_weighted_mean():
 
 
 def test_lift_is_linear_and_zero_at_the_widest():
-    np.testing.assert_allclose(lift([2.0, 0.5], [2, 4, 8]), [[12, 8, 0], [3, 2, 0]])
-    assert lift([1.0], [4, 8]).dtype == np.float64
+    choices = [(2, 8), (4, 8), (8, 8)]
+    np.testing.assert_allclose(lift([2.0, 0.5], choices), [[12, 8, 0], [3, 2, 0]])
+    assert lift([1.0], choices).dtype == np.float64
+
+
+def test_lift_adds_activation_bits_and_float_lacks_nothing():
+    choices = [(4, 4), (4, 8), (8, 4), (8, 8), (32, 32)]
+    np.testing.assert_allclose(lift([2.0], choices), [[16, 8, 8, 0, 0]])
 
 
 def test_bad_input():

@@ -1,16 +1,18 @@
 """The command line: exit code 2 with a clear message and nothing half-written, for every misuse."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from mpqdiff import artifacts, models, outcome, weights
+from mpqdiff import artifacts, decisions, models, plan, weights
 from mpqdiff.cli import VERBS, main
 
 MODEL = {"image_size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 1, "num_heads": 2,
@@ -152,8 +154,8 @@ def test_an_unusable_config_file_is_told(line, message, tmp_path, refused):
         ({"sed": 1}, "sed"),
         ({"plan__ration": 1}, "ration"),
         ({"sample__batch": "four"}, "four"),
-        ({"score__name": "fisher"}, "unknown score 'fisher'; known: orthogonality"),
-        ({"plan__solver": "annealing"}, "unknown solver 'annealing'; known: greedy, lp"),
+        ({"score__name": "fisher"}, "unknown score 'fisher'; known: eps_error, orthogonality"),
+        ({"plan__solver": "annealing"}, "unknown solver 'annealing'; known: evolution, greedy, lp"),
         ({"diffusion__schedule": "sine"}, "unknown noise schedule 'sine'; known: cosine"),
         ({"diffusion__sampler": "euler"}, "unknown sampler 'euler'; known: ddim"),
         ({"quantize__backend": "cuda"}, "unknown back end 'cuda'; known: aqt, kernels"),
@@ -165,9 +167,9 @@ def test_an_unusable_config_file_is_told(line, message, tmp_path, refused):
         ({"calibration__samples": 0}, "config.calibration.samples=0: expected a positive"),
         ({"diffusion__num_steps": -1}, "config.diffusion.num_steps=-1: expected a positive"),
         ({"diffusion__num_steps": 5000}, "num_steps=5000: expected 1 to 1000"),
-        ({"plan__budget": -5.0}, "config.plan.budget=-5.0: expected"),
+        ({"plan__budget__bytes": -5.0}, "config.plan.budget.bytes=-5.0: expected"),
         ({"plan__ratio": 0.0}, "config.plan.ratio=0.0: expected a positive"),
-        ({"plan__a_bits": 16}, "width 16"),
+        ({"plan__a_bits": (16,)}, "a_bits (16,): expected distinct widths within 2..8"),
     ],
 )
 def test_an_unusable_value_is_told(overrides, message, refused, tmp_path):
@@ -202,13 +204,11 @@ def test_a_dry_run_prints_config_sites_and_cost_and_writes_nothing(good, tmp_pat
     assert "needs --config=FILE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("budget", "words"), [(10.0, "below the minimum"), (1e9, "above the maximum")]
-)
+@pytest.mark.parametrize(("budget", "words"), [(10.0, "nearest "), (1e9, "above the maximum ")])
 def test_an_impossible_budget_states_the_bound(budget, words, refused, tmp_path):
-    message = refused("plan", plan__budget=budget)
+    message = refused("plan", plan__budget__bytes=budget)
     assert words in message
-    bound = float(message.split(words)[1].split()[0].rstrip(","))
+    bound = float(message.split(words)[1].split()[0].rstrip(",)"))
     assert 1e3 < bound < 1e5
     work = tmp_path / "work"
     assert not (work / "plan.json").exists()
@@ -366,6 +366,72 @@ def test_an_error_that_is_not_the_inputs_is_not_hidden(good, tmp_path, monkeypat
     def broken(*args, **kwargs):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(outcome, "plan_only", broken)
+    monkeypatch.setattr(decisions, "plan_only", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["plan", f"--config={good}/config.py", f"--workdir={tmp_path}/work"])
+
+
+def test_a_new_budget_on_a_workdir_only_solves(good, tmp_path, capsys):
+    work = _workdir(good, tmp_path)
+    old = json.loads((work / "plan.json").read_text())
+    command = ["plan", f"--workdir={work}"]
+    start = time.perf_counter()
+    assert main([*command, f"--config.plan.budget.bytes={old['predicted']['bytes'] + 300}"]) == 0
+    assert time.perf_counter() - start < 5
+    new = json.loads((work / "plan.json").read_text())
+    assert new["budgets"] == {"bytes": old["predicted"]["bytes"] + 300}
+    assert new["predicted"]["bytes"] <= new["budgets"]["bytes"]
+    stages = {path.parent.name for path in (work / "artifacts").glob("*/*")}
+    counts = {stage: len(list((work / "artifacts" / stage).iterdir())) for stage in stages}
+    assert counts["plan"] == 2
+    assert counts["score"] == counts["record"] == counts["calibrate"] == 1
+    assert "optimal" in capsys.readouterr().out or new["gap"] > 0
+
+
+def test_a_front_is_written_as_data_and_page(good, tmp_path, capsys):
+    work = _workdir(good, tmp_path)
+    assert main(["plan", f"--workdir={work}", "--pareto=8"]) == 0
+    front = json.loads((work / "pareto.json").read_text())
+    assert front["resources"] == ["bytes"] and len(front["points"]) == 8
+    spent = [point["predicted"]["bytes"] for point in front["points"]]
+    assert all(p["predicted"]["bytes"] <= p["budgets"]["bytes"] for p in front["points"])
+    assert spent[0] < spent[-1]
+    bounds = [point["bound"] for point in front["points"]]
+    assert all(a >= b for a, b in itertools.pairwise(bounds))
+    assert (work / "pareto.html").read_text().count("plotly") > 0
+    assert "8 of 8 budgets have a plan" in capsys.readouterr().out
+
+
+def test_each_site_is_explained(good, tmp_path, capsys, refused):
+    work = _workdir(good, tmp_path)
+    assert main(["plan", f"--workdir={work}", "--explain=block_0/mlp/.*"]) == 0
+    text = capsys.readouterr().out
+    assert "block_0/mlp/fc1" in text and "block_0/mlp/fc2" in text
+    assert "final" not in text
+    assert "nowhere" in refused("plan", "--explain=nowhere", config=False)
+
+
+@pytest.mark.parametrize("form", ["modelopt", "qwix"])
+def test_a_plan_is_exported(form, good, tmp_path, refused):
+    work = _workdir(good, tmp_path)
+    assert main(["plan", f"--workdir={work}", f"--export={form}"]) == 0
+    assert (work / f"plan.{form}.json").exists()
+    if form == "modelopt":
+        kept = plan.load(work / "plan.json")
+        sites = [site for site, bits in kept.w_bits.items() if bits]
+        assert json.loads((work / "plan.modelopt.json").read_text())
+        assert sites
+    assert "unknown export form 'onnx'" in refused("plan", "--export=onnx", config=False)
+
+
+def test_images_are_evaluated_without_a_model(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", arr_0=rng.integers(0, 256, (80, 28, 28, 1), np.uint8))
+    command = ["evaluate", f"--images={tmp_path}/a.npz", "--reference=fashion_reference"]
+    assert main([*command, f"--out={tmp_path}/s.npz"]) == 0
+    assert "fid" in capsys.readouterr().out
+    with np.load(tmp_path / "s.npz") as kept:
+        assert kept["mu"].shape == (64,) and kept["sigma"].shape == (64, 64)
+    assert (
+        main(["evaluate", f"--images={tmp_path}/absent.npz", "--reference=fashion_reference"]) == 2
+    )

@@ -23,12 +23,13 @@ ARGUMENTS = (
     "--config.calibration.memory_gb=1e-4",  # a timestep per chunk
     "--config.evaluate.timing_rounds=1",
 )
-TIMINGS = ("ms_per_image", "speedup", "speedup_same_steps")
+TIMINGS = ("ms_per_image", "speedup", "speedup_same_steps", "fraction_of_peak")
 ARM_KEYS = {
     "arm", "system", "avg_w_bits", "bytes", "file_bytes", "compression", "bitops", "steps",
     "ms_per_image", "speedup", "speedup_same_steps", "peak_bytes", "resident_bytes", "energy_j",
     "execution", "backend", "fid", "fid_ci", "delta_fid", "damage", "kid", "kid_ci", "sfid", "is",
     "precision", "recall", "psnr", "psnr_ci", "ssim", "x0_mse", "n_images", "seed",
+    "bitops_terms", "ms_per_image_batch_1", "fraction_of_peak", "energy_label", "energy_source",
 }  # fmt: skip
 ARMS = ["float", "plan", "plan_aqt", "random_0", "size_only", "uniform", "w8a8"]
 

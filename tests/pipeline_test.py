@@ -1,5 +1,6 @@
 """The stages called in turn: what is refused before any work, and what a change computes anew."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mpqdiff import arms, pipeline, weights
+from mpqdiff import arms, pipeline, planning, weights
 from mpqdiff import models as model_list
 from mpqdiff.config import base, for_arm, smoke
 from mpqdiff.errors import InputError, VerificationError
@@ -76,7 +77,7 @@ def test_an_unknown_name_is_refused_before_any_work(kind, tmp_path):
     [
         ("plan__w_bits", (), "distinct widths within"),
         ("plan__w_bits", (4, 16), "distinct widths within"),
-        ("plan__a_bits", 16, "width 16"),
+        ("plan__a_bits", (16,), "distinct widths within"),
         ("plan__ratio_bits", 1, "width 1"),
         ("plan__pins", (("final", 9),), "width 9"),
         ("diffusion__num_steps", 2000, "num_steps=2000: expected 1 to 1000"),
@@ -91,7 +92,9 @@ def test_widths_and_steps_out_of_range_are_refused_before_any_work(path, value, 
 def test_an_arms_unknown_name_is_refused_before_any_work(tmp_path):
     config = _config()
     config.arms = ConfigDict({"odd": {"solver": "annealing"}})
-    with pytest.raises(InputError, match="unknown solver 'annealing'; known: greedy, lp"):
+    with pytest.raises(
+        InputError, match="unknown solver 'annealing'; known: evolution, greedy, lp"
+    ):
         pipeline.Experiment(config, tmp_path / "workdir")
 
 
@@ -105,7 +108,7 @@ def test_a_pin_that_matches_nothing_lists_the_sites(tmp_path, weights_file):
 def _plan(experiment, **changes):
     """The plan of the config with `changes` by arm key, and the stages that were computed."""
     before = len(experiment.store.log)
-    plan = experiment.plan(for_arm(experiment.config, changes), "test")
+    plan = planning.plan(experiment, for_arm(experiment.config, ConfigDict(changes)), "test")
     log = experiment.store.log[before:]
     return plan, [entry["stage"] for entry in log if not entry["cached"]]
 
@@ -119,8 +122,7 @@ def test_a_plan_holds_the_budget_the_pins_and_all_sites(experiment):
     assert plan.w_bits["label_embed"] is plan.a_bits["label_embed"] is None
     assert plan.a_bits["block_0/attn/qk"] == {"lhs": None, "rhs": None}
     assert plan.bound <= plan.objective
-    uniform = {site.path: site.pin or 4 for site in experiment.sites}
-    least = experiment.predict(uniform, experiment.config)["bytes"]
+    least = planning.uniform(experiment, experiment.config, 4)["bytes"]
     assert plan.budgets["bytes"] == int(1.165 * least)
 
 
@@ -134,7 +136,7 @@ def test_the_same_recipe_is_cached_and_each_change_is_not(experiment):
     other = experiment.config.copy_and_resolve_references()
     other.quantize.clip, other.score.name = "absmax", "weight_error"
     before = len(experiment.store.log)
-    experiment.plan(other, "test")
+    planning.plan(experiment, other, "test")
     computed = [e["stage"] for e in experiment.store.log[before:] if not e["cached"]]
     assert computed == ["score", "plan"]
 
@@ -152,12 +154,45 @@ def test_an_arm_keeps_its_own_number_of_steps(experiment):
 @pytest.mark.parametrize("budget", [1.0, 1e9])
 def test_an_impossible_budget_states_the_range(experiment, budget):
     config = experiment.config.copy_and_resolve_references()
-    config.plan.budget = budget
-    least = experiment.predict({s.path: s.pin or 4 for s in experiment.sites}, config)["bytes"]
-    most = experiment.predict({s.path: s.pin or 8 for s in experiment.sites}, config)["bytes"]
-    stated = rf"below the minimum {least}" if budget < least else rf"above the maximum {most}"
+    config.plan.budget.bytes = budget
+    least, most = (planning.uniform(experiment, config, bits)["bytes"] for bits in (4, 8))
+    stated = rf"bytes.* {least}" if budget < least else rf"above the maximum {most}"
     with pytest.raises(InputError, match=stated):
-        experiment.plan(config, "test")
+        planning.plan(experiment, config, "test")
+
+
+def test_several_budgets_hold_at_once_and_float_is_a_choice(experiment):
+    whole, narrow = (planning.uniform(experiment, experiment.config, b) for b in (8, 4))
+    between = {name: (whole[name] + narrow[name]) / 2 for name in ("bytes", "bitops", "mean_bits")}
+    changes = {"budget": between, "a_bits": (4, 8), "keep_float": True, "score": "rollout_error"}
+    plan, _ = _plan(experiment, **changes)
+    assert set(plan.budgets) == set(between)
+    for name, limit in between.items():
+        assert plan.predicted[name] <= limit * (1 + 1e-9)
+    assert plan.bound <= plan.objective
+    arm = _arm(experiment, plan)
+    arm.verify()
+    assert arm.passed_bytes == plan.predicted["bytes"]
+
+
+def test_a_site_kept_in_float_is_paid_for_and_verified(experiment):
+    changes = {"keep_float": True, "score": "weight_error", "budget": {"bytes": 20_000.0}}
+    plan, _ = _plan(experiment, **changes)
+    kept = [site for site in experiment.sites if plan.w_bits[site.path] is None]
+    assert kept and len(kept) < len(experiment.sites)
+    assert all(plan.a_bits[site.path] is None for site in kept)
+    arm = _arm(experiment, plan)
+    arm.verify()
+    assert arm.passed_bytes == plan.predicted["bytes"] <= 20_000
+
+
+def test_an_imported_bit_list_is_a_plan(experiment, tmp_path):
+    bits = {site.path: 6 for site in experiment.sites}
+    (tmp_path / "bits.json").write_text(json.dumps(bits))
+    plan, _ = _plan(experiment, bits=str(tmp_path / "bits.json"))
+    assert {plan.w_bits[path] for path in bits} == {6}
+    arm = _arm(experiment, plan)
+    assert arm.passed_bytes == plan.predicted["bytes"]
 
 
 def _arm(experiment, plan):

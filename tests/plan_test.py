@@ -177,11 +177,13 @@ def test_validate_holds_the_plan_to_the_pins():
 
 
 def test_diff_lists_the_sites_that_differ():
-    other = plans.with_bits(_plan(), _plan().w_bits | {"b": 2}, mode="online")
+    other = plans.with_choices(_plan(), [SITES[1]], {"b": (2, 8)}, mode="online")
     assert other.mode == "online"
     assert plans.diff(_plan(), _plan()) == {}
     assert plans.diff(_plan(), other) == {"b": ((4, 8), (2, 8))}
     wider = replace(_plan(), a_bits=_plan().a_bits | {"a": 4})
     assert plans.diff(_plan(), wider) == {"a": ((8, 8), (8, 4))}
+    kept = plans.with_choices(_plan(), [SITES[1]], {"b": (32, 32)})
+    assert plans.diff(_plan(), kept) == {"b": ((4, 8), (None, None))}
     fewer = replace(_plan(), w_bits={"a": 8}, a_bits={"a": 8})
     assert plans.diff(_plan(), fewer)["b"] == ((4, 8), (None, None))

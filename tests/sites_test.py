@@ -165,3 +165,16 @@ def test_pins_that_cannot_hold(dit):
     with pytest.raises(InputError, match=r"'final' is pinned to \[4, 8\]"):
         sites.pin(dit, [("final.*", 8), ("final", 4)])
     assert sites.pin(dit, [("final", 8), ("final.*", 8)])[-1].pin == 8
+
+
+def test_ties_join_what_a_pattern_captures_alike(dit):
+    tied = sites.tie(dit, [r"(block_\d+)/attn/(?:qkv|proj)"])
+    ties = {site.path: site.tie for site in tied}
+    assert ties["block_0/attn/qkv"] == ties["block_0/attn/proj"] == "block_0/attn/qkv"
+    assert ties["block_1/attn/proj"] == "block_1/attn/qkv"
+    assert ties["final"] == "final"
+    whole = {site.path: site.tie for site in sites.tie(dit, [r"block_\d+/mlp/.*"])}
+    assert len({tie for path, tie in whole.items() if "/mlp/" in path}) == 1
+    for pattern in ("final", "nowhere"):
+        with pytest.raises(InputError, match=f"tie {pattern!r} matches no two sites together"):
+            sites.tie(dit, [pattern])

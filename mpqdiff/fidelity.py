@@ -1,0 +1,167 @@
+"""What the arms' samples are worth: the metrics of every arm, paired with the float arm's."""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mpqdiff import images as pictures
+from mpqdiff.arms import Arm
+from mpqdiff.artifacts import load_arrays, save_arrays
+from mpqdiff.evaluate import drift, evaluate, features, paired, paired_numbers, verdict
+from mpqdiff.evaluate.downstream import class_agreement, correct, downstream, real_images
+from mpqdiff.evaluate.protocol import protocol
+from mpqdiff.pipeline import VERSIONS
+from mpqdiff.recipe import feature_space
+
+# Compared with the plan's, where both have an interval; x0 error by the paired test.
+COMPARED = ("x0_mse", "psnr", "kid", "fid")
+
+
+def extracted(arm: Arm, network) -> dict:
+    """{images uint8, features, logits, spatial} of an arm's samples; features are cached."""
+    name, x_0 = arm.samples
+    images = pictures.to_uint8(x_0)
+
+    def compute(folder):
+        save_arrays(folder / "features.npz", features.collect(network, images)._asdict())
+
+    key = {"sample": name, "network": network.hash}
+    folder = arm.experiment.store.get(
+        "features", version=VERSIONS["features"], key=key, compute=compute
+    )
+    return {"images": images, "spatial": None, **load_arrays(folder / "features.npz")}
+
+
+def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
+    """(one row of metrics per arm, the protocol). Arm 0 is float, with which all are paired."""
+    config = arms[0].config
+    if not config.evaluate.features:
+        return [paired_metrics(arm, arms[0]) for arm in arms], {}
+    network, reference = feature_space(config)
+    low = config.copy_and_resolve_references()
+    low.diffusion.num_steps = config.evaluate.ceiling_steps
+    ceiling = extracted(Arm(arms[0].experiment, "ceiling", "float32", low, None), network)
+    base = extracted(arms[0], network)
+    paths = [trajectory(arm) for arm in arms]
+    trained = [downstream_answers(arm) for arm in arms]
+    rows = []
+    for arm, path, right in tqdm(
+        zip(arms, paths, trained, strict=True), desc="evaluate", total=len(arms)
+    ):
+        own = extracted(arm, network)
+        row = evaluate(
+            images=own["images"],
+            x_0=arm.samples[1],
+            features=own["features"],
+            logits=own["logits"],
+            spatial=own["spatial"],
+            reference=reference,
+            ceiling_features=ceiling["features"],
+            seed=config.seed,
+            **_beside_float(arm, arms[0], base, path, paths[0]),
+        )
+        if arm is not arms[0]:
+            row |= class_agreement(own["logits"], base["logits"])
+            row |= downstream(right, trained[0])
+        rows.append(row)
+    return _judged(arms, rows), described(arms[0], network, reference)
+
+
+def _beside_float(arm: Arm, base: Arm, base_features, path, base_path) -> dict:
+    """The arguments of `evaluate` that pair an arm with the float arm."""
+    if arm is base:
+        return {}
+    given = {"float_x_0": base.samples[1], "float_features": base_features["features"]}
+    if path is None:
+        return given
+    own, theirs = drift.shared_steps(arm.timesteps, base.timesteps)
+    return given | {
+        "trajectory": path[own],
+        "float_trajectory": base_path[theirs],
+        "timesteps": np.asarray(arm.timesteps)[own].tolist(),
+    }
+
+
+def trajectory(arm: Arm) -> np.ndarray | None:
+    """The arm's x_t for the images that drift is taken on, [S,n,H,W,C], cached; None for none."""
+    count = min(arm.config.evaluate.drift_images, arm.config.sample.num_images)
+    if not count:
+        return None
+
+    def compute(folder):
+        save_arrays(folder / "trajectory.npz", {"x_ts": arm.trajectory(count)})
+
+    key = {"sample": arm.samples[0], "count": count}
+    folder = arm.experiment.store.get(
+        "trajectory", version=VERSIONS["trajectory"], key=key, compute=compute
+    )
+    return load_arrays(folder / "trajectory.npz")["x_ts"]
+
+
+def downstream_answers(arm: Arm) -> np.ndarray | None:
+    """Which real test images classifiers trained on the arm's samples get right, [seeds,n],
+    cached; None where not asked for, or where there are no real images."""
+    config, experiment = arm.config, arm.experiment
+    if not config.evaluate.downstream:
+        return None
+    cache = Path(config.data.cache).expanduser()
+    real = real_images(config.data.name, directory=config.data.dir or None, cache=cache)
+    if real is None:
+        return None
+
+    def compute(folder):
+        images = pictures.to_uint8(arm.samples[1])
+        right = correct(
+            images, experiment.labels(0, len(images)), real, num_classes=experiment.num_classes
+        )
+        save_arrays(folder / "right.npz", {"right": right})
+
+    key = {"sample": arm.samples[0], "data": config.data.name, "real": len(real.images)}
+    folder = experiment.store.get(
+        "downstream", version=VERSIONS["downstream"], key=key, compute=compute
+    )
+    return load_arrays(folder / "right.npz")["right"]
+
+
+def _judged(arms: list[Arm], rows: list[dict]) -> list[dict]:
+    """The rows with `against_plan`: each COMPARED metric "better" or "worse" than the plan's, or
+    a "tie" inside the noise."""
+    at = next((i for i, arm in enumerate(arms) if arm.name == "plan"), None)
+    if at is None:
+        return rows
+    float_x_0, plan = arms[0].samples[1], rows[at]
+    errors = paired.x0_errors(arms[at].samples[1], float_x_0)
+    for index, (arm, row) in enumerate(zip(arms, rows, strict=True)):
+        if index in (0, at):
+            continue
+        sharp = {"x0_mse": (paired.x0_errors(arm.samples[1], float_x_0), errors)}
+        row["against_plan"] = {
+            key: verdict(row, plan, key, values=sharp.get(key))
+            for key in COMPARED
+            if key in sharp or (row.get(f"{key}_ci") and plan.get(f"{key}_ci"))
+        }
+    return rows
+
+
+def described(arm: Arm, network, reference) -> dict:
+    """The protocol that all arms share."""
+    config = arm.config
+    return protocol(
+        feature_space=network.name,
+        feature_hash=network.hash,
+        reference=config.evaluate.reference,
+        reference_count=reference.num_train or 0,
+        n_images=config.sample.num_images,
+        seeds=[config.sample.seed],
+        guidance=config.diffusion.guidance_scale,
+        sampler=f"{config.diffusion.sampler}, eta {config.diffusion.eta:g}, clip "
+        f"{config.diffusion.clip}",
+        ceiling_steps=config.evaluate.ceiling_steps,
+        image_size=arm.experiment.image_shape,
+    )
+
+
+def paired_metrics(arm: Arm, base: Arm) -> dict:
+    """The metrics that need no feature network: against float on the same seeds."""
+    return {} if arm is base else paired_numbers(arm.samples[1], base.samples[1])

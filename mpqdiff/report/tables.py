@@ -141,20 +141,30 @@ SPEED = (
     Column("speedup_same_steps", "Speed-up, same steps", "against float32 at its own steps", times,
            +1),
     Column("speedup", "Speed-up", "against the first arm", times, +1),
+    Column("ms_per_image_batch_1.median", "ms, one image", "median at batch 1", short, -1),
+    Column("fraction_of_peak", "Of peak", "products against the fastest measured here", percent),
+    Column("energy_j", "Energy, J", "per image", small, -1),
+    Column("energy_label", "Energy is", "measured, or modelled from 45 nm constants", str),
 )  # fmt: skip
 FURTHER = (
+    Column("against_plan.x0_mse", "x0 MSE, against the plan", "paired test at 95 %", str),
+    Column("perceptual", "Perceptual", "2 (1 - cosine) of features, paired", small, -1),
+    Column("drift", "Drift", "relative deviation of x_t, mean over steps, paired", small, -1),
+    Column("class_agreement", "Same class", "as the float image, by the evaluation network",
+           percent, +1),
+    Column("downstream_accuracy", "Downstream accuracy", "of classifiers trained on the samples",
+           percent, +1),
     Column("ssim", "SSIM", "paired with the float images of the same seeds", short, +1),
     Column("file_bytes", "File bytes", "bit-packed", whole),
     Column("bitops", "BitOPs", "MACs x weight bits x activation bits", prefixed),
     Column("resident_bytes", "Resident bytes", "what the compiled loop keeps", whole),
     Column("peak_bytes", "Peak bytes", "of the executable", whole),
-    Column("energy_j", "Energy, J", "", short, -1),
     Column("sfid", "sFID", "spatial Frechet distance", short, -1),
     Column("is", "IS", "inception score in the same feature space", short, +1),
     Column("precision", "Precision", "", short, +1),
     Column("recall", "Recall", "", short, +1),
     Column("seed", "Seed", "of the images", str),
-)
+)  # fmt: skip
 
 
 def pick(arm: dict, key: str) -> Any:

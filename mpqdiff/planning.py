@@ -43,10 +43,10 @@ def options(experiment: Experiment, config: Config) -> Options:
     p = config.plan
     offered = costs.list_choices(p.w_bits, p.a_bits, keep_float=p.keep_float)
     choices, legal = costs.legal_choices(experiment.sites, offered)
-    ruled_out: list[dict] = []
-    if p.legality != "any":
-        operations = seconds.operations(experiment, config)
-        legal, ruled_out = legality.restrict(operations, choices, legal, p.legality)
+    # "any" device still cannot run what has no integer form (grouped, dilated convolutions).
+    device = "cpu" if p.legality == "any" else p.legality
+    operations = seconds.operations(experiment, config)
+    legal, ruled_out = legality.restrict(operations, choices, legal, device)
     fixed, measured = fixed_costs(experiment, config), {}
     if p.budget.seconds:
         measured["seconds"], fixed["seconds"] = seconds.per_image(experiment, config, choices)

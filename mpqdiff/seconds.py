@@ -68,6 +68,7 @@ def model(experiment: Experiment, config: Config) -> tuple[str, Model]:
 
     def compute(folder):
         choices, legal = costs.legal_choices(experiment.sites, FIT_CHOICES)
+        legal = legality.restrict(found, choices, legal, "cpu")[0]
         plans = latency.random_plans(config.seed, legal, choices, FITTED)
         others = latency.random_plans(config.seed + 1, legal, choices, HELD_OUT)
         fitted = latency.calibrate(

@@ -31,7 +31,8 @@ SHRINK = 0.1  # of the temperature, from one point of the path to the next
 CENTRED = 0.1  # squared Newton decrement over t at which a point of the path counts as reached
 FEW = 1.0  # sites per resource between choices at which the path ends: the rest is for pivots
 PATIENCE = 40  # evaluations after which it ends at the temperature that it has reached
-GAP = 1e-9  # the entropy's share of the value at which it ends as well
+GAP = 1e-7  # the entropy's share of the value at which it ends as well
+REACH = 4.0  # how far a step may go, in units of one and the price
 COLDEST = 1e-22  # temperature
 RESIDUAL = 1e-12  # of the limits, relative, at its end
 
@@ -142,7 +143,10 @@ def follow(value, cost, limit, active, cutoff) -> Centre:
         accepted = state.fresh | (at.phi >= state.phi + 1e-4 * rise - at.noise)
         free = active & ((price > 0) | (at.gradient > 0))
         gradient = jnp.where(free, at.gradient, 0.0)
-        newton, along = _solve(at.schur, free, gradient, at.drift)
+        # Where every share is near 0 or 1 the Schur matrix is near singular: without the ridge,
+        # which vanishes with the gradient, steps have no sensible length or direction.
+        ridge = jnp.abs(gradient) / (REACH * (1 + price))
+        newton, along = _solve(at.schur + jnp.diag(ridge), free, gradient, at.drift)
         decrement = gradient @ newton
         centred = decrement <= CENTRED * state.temperature
         cold = (

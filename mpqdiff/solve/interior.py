@@ -45,7 +45,7 @@ def _allocation(problem: Problem, table: Rows, scaled: Scaled, out: Relaxed, lan
     if not (out.fits[lane] and fits(table, choice)):
         return Allocation(choice, np.inf, bound, np.inf, Status.UNDECIDED, **known)
     objective = float(spent(table.value, choice))
-    gap = max(unit * float(out.gap[lane]), 0.0)
+    gap = max(float(unit * out.gap[lane]), 0.0)
     status = _rounded(objective, gap, bool(out.solved[lane]))
     return Allocation(choice, objective, objective - gap, gap, status, **known)
 

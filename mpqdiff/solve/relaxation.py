@@ -97,6 +97,90 @@ def scale(table: Rows) -> Scaled:
     )
 
 
+class _Lane(NamedTuple):
+    """One LP after presolve."""
+
+    value: jax.Array  # [K,L], BIG where not legal or `shut`
+    cost: jax.Array  # [R,K,L]
+    limit: jax.Array  # [R]
+    safe: jax.Array  # [R], the limit less a share of TOLERANCE: what rounding aims at
+    active: jax.Array  # [R], rows that can bind
+    tight: jax.Array  # [R], rows whose limit counts as 0
+    shut: jax.Array  # [R,K,L], choices that a tight row excludes
+    cutoff: jax.Array
+
+
+def _presolve(value, cost, limit, least, cutoff) -> _Lane:
+    tight = limit <= least
+    shut = tight[:, None, None] & (cost > limit[:, None, None])
+    value = jnp.where(shut.any(axis=0), BIG, value)
+    usable = value < BIG
+    most = jnp.stack([jnp.where(usable, row, 0.0).max(axis=0).sum() for row in cost])
+    active = (~tight & (limit < most)) | (limit < 0)
+    return _Lane(value, cost, limit, limit - least / 8, active, tight, shut, cutoff)
+
+
+def _dual(lane: _Lane, price):
+    """The bound at `price`."""
+    spend = jnp.where(price > 0, price * jnp.where(price > 0, lane.limit, 0.0), 0.0)
+    return barrier.reduced_costs(lane.value, lane.cost, price).min(axis=0).sum() - spend.sum()
+
+
+def _best_price(lane: _Lane, at: vertex.Vertex, centre: barrier.Centre):
+    """The prices of the vertex or of the path, whichever bound is better."""
+    sound = jnp.isfinite(at.price).all()
+    price = jnp.where(sound & lane.active, jnp.maximum(at.price, 0.0), 0.0)
+    return jnp.where(_dual(lane, price) >= _dual(lane, centre.price), price, centre.price)
+
+
+def _finish(lane: _Lane, value, centre: barrier.Centre) -> Relaxed:
+    """Vertex, rounding and bound; `value` [K,L] is that before presolve."""
+    at = vertex.settle(lane.value, lane.cost, lane.limit, lane.active, centre.share)
+    rounded = rounding.round_off(lane.value, lane.cost, lane.safe, at)
+    price = _best_price(lane, at, centre)
+    bound = _dual(lane, price)
+    reduced = barrier.reduced_costs(lane.value, lane.cost, price)
+    floor = reduced.min(axis=0)
+    own = jnp.take_along_axis(reduced, rounded.choice[None], axis=0)[0]
+    left = jnp.where(price > 0, lane.limit - rounded.total, 0.0)
+    # A tight row is worth what it takes to keep every choice out that it excludes.
+    short = floor - barrier.reduced_costs(value, lane.cost, price)
+    shadow = jnp.where(lane.shut, short / lane.cost, 0.0).max(axis=(1, 2))
+    return Relaxed(
+        choice=rounded.choice,
+        fits=rounded.fits,
+        gap=(own - floor).sum() + price @ left,  # about the choice: no cancellation
+        bound=bound,
+        price=jnp.where(lane.tight, jnp.maximum(shadow, 0.0), price),
+        key=at.key,
+        site=at.site,
+        pick=at.pick,
+        amount=at.amount,
+        cut=bound > lane.cutoff,
+        solved=at.optimal,
+        steps=centre.steps + at.pivots,
+    )
+
+
+def _give_up(lane: _Lane, value, centre: barrier.Centre) -> Relaxed:
+    key = jnp.argmin(lane.value, axis=0).astype(jnp.int32)
+    none = jnp.zeros(len(lane.limit), jnp.int32)
+    return Relaxed(
+        choice=key,
+        fits=jnp.array(False),
+        gap=jnp.array(jnp.inf),
+        bound=_dual(lane, centre.price),
+        price=centre.price,
+        key=key,
+        site=none + len(key),
+        pick=none,
+        amount=jnp.zeros(len(lane.limit)),
+        cut=jnp.array(True),
+        solved=jnp.array(False),
+        steps=centre.steps,
+    )
+
+
 def relax(value, cost, limit, least, cutoff) -> Relaxed:
     """Solve, round and bound one LP.
 
@@ -104,72 +188,9 @@ def relax(value, cost, limit, least, cutoff) -> Relaxed:
     legal; limit [R], of which what is below `least` [R] counts as 0. `cut` where the bound
     exceeds `cutoff`.
     """
-    tight = limit <= least
-    shut = tight[:, None, None] & (cost > limit[:, None, None])
-    open_value = jnp.where(shut.any(axis=0), BIG, value)
-    usable = open_value < BIG
-    most = jnp.stack([jnp.where(usable, row, 0.0).max(axis=0).sum() for row in cost])
-    active = ~tight & (limit < most)
-    active |= limit < 0
-    centre = barrier.follow(open_value, cost, limit, active, cutoff)
-
-    def dual(price):
-        reduced = barrier.reduced_costs(open_value, cost, price)
-        spend = jnp.where(price > 0, price * jnp.where(price > 0, limit, 0.0), 0.0)
-        return reduced.min(axis=0).sum() - spend.sum()
-
-    def finish(_):
-        at = vertex.settle(open_value, cost, limit, active, centre.share)
-        clean = jnp.where(jnp.isfinite(at.price).all(), jnp.maximum(at.price, 0.0), 0.0)
-        clean = jnp.where(active, clean, 0.0)
-        better = dual(clean) >= dual(centre.price)
-        price = jnp.where(better, clean, centre.price)
-        bound = dual(price)
-        safe = limit - least / 8
-        rounded = rounding.round_off(open_value, cost, safe, at)
-        reduced = barrier.reduced_costs(open_value, cost, price)
-        own = jnp.take_along_axis(reduced, rounded.choice[None], axis=0)[0]
-        left = jnp.where(price > 0, limit - rounded.total, 0.0)
-        gap = (own - reduced.min(axis=0)).sum() + price @ left
-        shadow = jnp.where(shut, (reduced.min(axis=0) - reduced_all(price)) / cost, 0.0)
-        return Relaxed(
-            choice=rounded.choice,
-            fits=rounded.fits,
-            gap=gap,
-            bound=bound,
-            price=jnp.where(tight, jnp.maximum(shadow.max(axis=(1, 2)), 0.0), price),
-            key=at.key,
-            site=at.site,
-            pick=at.pick,
-            amount=at.amount,
-            cut=bound > cutoff,
-            solved=at.optimal,
-            steps=centre.steps + at.pivots,
-        )
-
-    def reduced_all(price):
-        return barrier.reduced_costs(value, cost, price)
-
-    def give_up(_):
-        resources = len(limit)
-        key = jnp.argmin(open_value, axis=0).astype(jnp.int32)
-        none = jnp.zeros(resources, jnp.int32)
-        return Relaxed(
-            choice=key,
-            fits=jnp.array(False),
-            gap=jnp.array(jnp.inf),
-            bound=dual(centre.price),
-            price=centre.price,
-            key=key,
-            site=none + cost.shape[2],
-            pick=none,
-            amount=jnp.zeros(resources),
-            cut=jnp.array(True),
-            solved=jnp.array(False),
-            steps=centre.steps,
-        )
-
-    return jax.lax.cond(centre.cut, give_up, finish, None)
+    lane = _presolve(value, cost, limit, least, cutoff)
+    centre = barrier.follow(lane.value, cost, limit, lane.active, cutoff)
+    return jax.lax.cond(centre.cut, _give_up, _finish, lane, value, centre)
 
 
 @jax.jit

@@ -16,6 +16,7 @@ from mpqdiff.solve.barrier import reduced_costs
 
 SHARE = 1e-13  # below this a share counts as zero
 PIVOT = 1e-9  # smallest rate, relative to the largest, that may leave the basis
+FITS = 1e-9  # relative excess over a limit, or share below 0, that counts as rounding
 GAP = 1e-12  # relative to the value, at which pivoting stops
 PIVOTS = 400
 
@@ -127,8 +128,9 @@ def _dearest(tables: _Tables, basis: _Basis):
     reduced = reduced_costs(tables.value, tables.cost, price)
     own = jnp.take_along_axis(reduced, basis.key[None], axis=0)[0]
     least = reduced.min(axis=0) - own
-    short = jnp.minimum(price, 0.0)
-    gap = -least.sum() - jnp.where(price < 0, short * tables.limit, 0.0).sum()
+    # The slack of a row that cannot bind is always basic: its price is zero but for rounding.
+    short = jnp.where(jnp.isfinite(tables.limit), jnp.minimum(price, 0.0), 0.0)
+    gap = -least.sum() - jnp.where(short < 0, short * tables.limit, 0.0).sum()
     site, row = jnp.argmin(least), jnp.argmin(short)
     slack = short[row] < least[site]
     pick = jnp.where(slack, 0, jnp.argmin(reduced[:, site]))
@@ -171,6 +173,22 @@ def _descend(tables: _Tables, share, basis: _Basis):
     return basis, optimal, pivots
 
 
+def _refine(tables: _Tables, active, basis: _Basis):
+    """The basis with the amounts that its choices and the limits imply, free of what shares lost
+    on the way, and whether they are feasible."""
+    sites, limit = len(basis.key), jnp.where(active, tables.limit, 0.0)
+    _, inverse = _prices(tables, basis)
+    keys = jnp.take_along_axis(tables.cost, basis.key[None, None], axis=1)[:, 0].sum(axis=1)
+    amount = inverse @ (limit - keys)
+    split = basis.site < sites
+    idle = ~split & ~active[jnp.maximum(basis.site - sites, 0)]
+    amount = jnp.where(idle, jnp.inf, amount)
+    beside = jnp.where((basis.site[:, None] == basis.site) & split, amount, 0.0).sum(axis=1)
+    room = jnp.where(split, 1.0, 1 + jnp.abs(limit[jnp.maximum(basis.site - sites, 0)]))
+    feasible = (amount >= -FITS * room).all() & (beside <= 1 + FITS).all()
+    return basis._replace(amount=jnp.maximum(amount, 0.0)), feasible
+
+
 def settle(value, cost, limit, active, share) -> Vertex:
     """An optimal vertex from `share` [K,L], which fits the limits and is near the optimum.
 
@@ -190,6 +208,7 @@ def settle(value, cost, limit, active, share) -> Vertex:
         amount=jnp.maximum(slack, 0.0),
     )
     basis, optimal, pivots = _descend(tables, share, start)
+    basis, feasible = _refine(tables, active, basis)
     price, _ = _prices(tables, basis)
     return Vertex(
         key=basis.key,
@@ -198,6 +217,6 @@ def settle(value, cost, limit, active, share) -> Vertex:
         amount=basis.amount,
         price=price,
         worth=_worth(tables, basis),
-        optimal=optimal,
+        optimal=optimal & feasible,
         pivots=pivots,
     )

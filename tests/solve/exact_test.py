@@ -26,7 +26,8 @@ def instance(build, seed: int, style: str, sites: int, choices: int, resources: 
     legal[np.arange(sites), rng.integers(0, choices, sites)] = True
     low = np.where(legal, cost, np.inf).min(axis=2).sum(axis=1)
     high = np.where(legal, cost, -np.inf).max(axis=2).sum(axis=1)
-    budgets = low + rng.uniform(-0.02, 1.05, resources) * (high - low)
+    budgets = low + rng.uniform(0, 1.05, resources) * (high - low)
+    budgets[0] -= (seed % 5 == 0) * 0.1 * low[0] + (seed % 5 == 1) * 0.5 * (budgets - low)[0]
     budgets = np.floor(budgets) if style == "integer" else budgets
     if rng.random() < 0.2:
         budgets[-1] = np.inf
@@ -76,14 +77,17 @@ def test_exact_equals_brute_force(make_problem, style):
 
 
 def layers(build, seed: int):
-    """40 sites of 5 choices under two budgets."""
+    """40 sites of 4 choices under two budgets, and a third without end."""
     rng = np.random.default_rng(seed)
-    bits = np.array([2, 3, 4, 6, 8])
+    bits = np.array([2, 3, 4, 6])
     size = np.ceil(np.exp(rng.normal(8, 1, 40)))[:, None]
     value = np.exp(rng.normal(0, 1, (40, 1))) * 4.0**-bits
-    cost = np.stack([size * bits, size * bits * np.exp(rng.normal(0, 0.5, (40, 5)))])
+    cost = size * bits * np.exp(rng.normal(0, 0.5, (3, 40, 4)))
+    cost[0] = size * bits
     low, high = cost.min(axis=2).sum(axis=1), cost.max(axis=2).sum(axis=1)
-    return build(value, cost, low + rng.uniform(0.2, 0.6, 2) * (high - low), bits=bits)
+    budgets = low + rng.uniform(0.2, 0.6, 3) * (high - low)
+    budgets[2] = np.inf
+    return build(value, cost, budgets, bits=bits)
 
 
 def test_exact_equals_milp_where_rounding_does_not(make_problem):
@@ -95,12 +99,12 @@ def test_exact_equals_milp_where_rounding_does_not(make_problem):
         out = milp(
             problem.value.ravel() / scale,
             constraints=[
-                LinearConstraint(np.kron(np.eye(40), np.ones(5)), 1, 1),
+                LinearConstraint(np.kron(np.eye(40), np.ones(4)), 1, 1),
                 LinearConstraint(
-                    (problem.resources / problem.budgets[:, None, None]).reshape(2, -1), -np.inf, 1
+                    (problem.resources / problem.budgets[:, None, None]).reshape(3, -1), -np.inf, 1
                 ),
             ],
-            integrality=np.ones(200),
+            integrality=np.ones(160),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 1e-9},
         )
@@ -127,12 +131,14 @@ def test_node_limit_tells_the_gap_that_is_left(make_problem):
 
 def test_budgets_that_fit_shares_but_no_choice_are_decided_by_the_search(make_problem):
     cost = np.zeros((3, 2, 4))
-    cost[0, 0], cost[1, 0] = [0, 2, 2, 2], [2, 0, 2, 2]
-    problem = make_problem(np.ones((2, 4)), cost, [1, 1, 1])
-    assert interior.solve(problem).status is Status.UNDECIDED
+    cost[:, 0] = [[3, 0, 0, 3], [0, 3, 0, 0], [0, 0, 3, 0]]
+    problem = make_problem(np.ones((2, 4)), cost, [2, 2, 2])
+    quick = interior.solve(problem)
+    assert quick.status is Status.UNDECIDED
+    assert quick.bound <= 2
     found = interior.solve(problem, exact=True)
     assert found.status is Status.INFEASIBLE
-    np.testing.assert_array_equal(found.nearest, [2, 2, np.inf])
+    np.testing.assert_array_equal(found.nearest, [3, 3, 3])
 
 
 def test_one_budget_agrees_with_the_sort(make_problem):

@@ -1,4 +1,4 @@
-"""The LP under several budgets: HiGHS, vertices, duplicates, contradictions, and its traced size."""
+"""The LP under several budgets: HiGHS, vertices, duplicates, contradictions, traced size."""
 
 import jax
 import numpy as np

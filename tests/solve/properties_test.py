@@ -1,12 +1,13 @@
 """Laws of the planner under several budgets, for problems drawn by hypothesis."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpqdiff.records import Problem, Status
-from mpqdiff.solve import interior
+from mpqdiff.solve import barrier, interior, relaxation, vertex
 from mpqdiff.solve.feasible import fits, rows, spent
 
 CHOICES, RESOURCES = 4, 3
@@ -129,3 +130,30 @@ def test_a_budget_that_is_said_to_be_nearest_fits(problem):
         budgets = problem.budgets.copy()
         budgets[resource] = found.nearest[resource]
         assert interior.solve(problem.replace(budgets=budgets)).status.feasible
+
+
+def test_at_the_iteration_cap_the_bound_still_holds(monkeypatch):
+    rng = np.random.default_rng(0)
+    value, cost = np.sort(rng.random((8, 4)))[:, ::-1], np.sort(rng.random((3, 8, 4)))
+    problem = Problem(
+        value=value,
+        resources=cost,
+        fixed=np.zeros(3),
+        budgets=(cost.min(axis=2) + cost.max(axis=2)).sum(axis=1) / 2,
+        w_bits=np.arange(2, 6, dtype=np.int32),
+        a_bits=np.full(4, 8, np.int32),
+        legal=np.ones((8, 4), bool),
+        tie=np.arange(8, dtype=np.int32),
+        parameters=np.ones(8, int),
+    )
+    best = interior.solve(problem, exact=True)
+    monkeypatch.setattr(barrier, "CAP", 1)
+    monkeypatch.setattr(vertex, "PIVOTS", 0)
+    # Constants are in what was traced: trace again.
+    fresh, finish = relaxation._relax_many.__wrapped__, relaxation._finish
+    monkeypatch.setattr(relaxation, "_finish", lambda *parts: finish(*parts))
+    monkeypatch.setattr(relaxation, "_relax_many", jax.jit(lambda *lanes: fresh(*lanes)))
+    found = interior.solve(problem)
+    assert found.status is Status.ITERATION_LIMIT
+    assert found.bound < best.bound <= best.objective <= found.objective
+    assert fits(rows(problem), found.choice)

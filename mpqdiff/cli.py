@@ -106,7 +106,7 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, Path | None, dict]:
     if named and not isinstance(config, ConfigDict):
         raise InputError(f"the config file returned {type(config).__name__}, not a ConfigDict")
     own = {name: values[name].value for name in ("dry_run", *FLAGS.get(verb, {}))}
-    if config is None and verb != "doctor" and not own.get("images"):
+    if config is None and verb not in ("doctor", "convert") and not own.get("images"):
         where = f"{workdir}/config.json does not exist" if workdir else "no --workdir either"
         raise InputError(f"{verb} needs --config=FILE ({where})")
     if config is not None:
@@ -205,6 +205,14 @@ def _evaluate(config, workdir, command, *, images, reference, features, weights,
     print(image_metrics.table(row))
 
 
+def _convert(config, workdir, command, *, source, out, kind, hub):
+    if not source or not out:
+        raise InputError("convert needs --source=FILE or folder, and --out=FILE.safetensors")
+    from mpqdiff.weights import convert
+
+    print(convert.convert(source, out, kind=kind, hub=hub))
+
+
 def _verify(config, workdir, command):
     from mpqdiff import outcome
 
@@ -240,6 +248,12 @@ FLAGS = {
         "explain": (flags.DEFINE_string, None, "say why sites (a regex) got their widths"),
         "export": (flags.DEFINE_string, None, "write plan.json in another form: modelopt, qwix"),
     },
+    "convert": {
+        "source": (flags.DEFINE_string, "", "a checkpoint, or a diffusers folder"),
+        "out": (flags.DEFINE_string, "", "the .safetensors to write"),
+        "kind": (flags.DEFINE_string, "", "the architecture, where it is not told by the source"),
+        "hub": (flags.DEFINE_bool, False, "the source is a repository of the Hugging Face hub"),
+    },
     "evaluate": {
         "images": (flags.DEFINE_string, "", "a folder, .npz or .npy of images: no model is needed"),
         "reference": (flags.DEFINE_string, "", "the same, an .npz with mu and sigma, or a name"),
@@ -255,6 +269,7 @@ VERBS = {
     "plan": _plan,
     "sample": _sample,
     "evaluate": _evaluate,
+    "convert": _convert,
     "verify": _verify,
     "report": _report,
     "doctor": _doctor,
@@ -284,6 +299,8 @@ verbs:
   plan      stages up to plan.json
   sample    sample with workdir/plan.json
   evaluate  metrics of all arms (runs what is missing), or of --images, without a model
+  convert   a checkpoint of another code base (--source) as --out=FILE.safetensors, every key
+            accounted for; --kind names its architecture, --hub reads the Hugging Face hub
   verify    prove from the compiled program that workdir/plan.json ran as planned
   report    write report.html again (runs what is missing)
   bench     bench NAME [options]: a benchmark of the source tree, its table of ratios

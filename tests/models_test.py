@@ -203,8 +203,8 @@ def test_unusable_sizes(change, message):
 
 
 def test_unknown_model_and_missing_argument():
-    with pytest.raises(InputError, match="unknown model 'unet'; known: dit"):
-        models.build("unet")
+    with pytest.raises(InputError, match="unknown model 'gan'; known: autoencoder_kl, dit"):
+        models.build("gan")
     with pytest.raises(InputError, match="image_size"):
         models.build("dit", patch=4)
 

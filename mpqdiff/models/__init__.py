@@ -1,9 +1,15 @@
-"""Denoisers in plain Flax linen, by the name a config gives them."""
+"""Networks in plain Flax linen, by the name a config or a weights file gives them."""
 
 from mpqdiff.errors import InputError, unknown_name
+from mpqdiff.models import unet
 from mpqdiff.models.dit import DIT_SIZES, DiT
+from mpqdiff.models.pixart import PixArt
+from mpqdiff.models.unet import UNet
+from mpqdiff.models.vae import AutoencoderKL
 
-MODELS = {"dit": DiT}
+MODELS = {"dit": DiT, "pixart": PixArt, "unet": UNet, "autoencoder_kl": AutoencoderKL}
+# Numbers that need not be positive; of the others, every one is a count or a scale.
+FREE = {"timestep_freq_shift", "frequency_shift", "shift_factor"}
 
 
 def build(name: str, **kwargs):
@@ -14,12 +20,18 @@ def build(name: str, **kwargs):
         module = MODELS[name](**kwargs)
     except TypeError as error:
         raise InputError(f"model {name!r}: {error}") from error
-    counts = {k: v for k, v in kwargs.items() if isinstance(v, int | float)}
-    if any(value <= 0 for key, value in counts.items() if key != "learn_variance"):
+    counts = {
+        k: v
+        for k, v in kwargs.items()
+        if isinstance(v, int | float) and not isinstance(v, bool) and k not in FREE
+    }
+    if any(value <= 0 for value in counts.values()):
         raise InputError(f"model {name!r} got {counts}: every count must be positive")
-    if name == "dit" and (
-        module.image_size % module.patch or module.width % (4 * module.num_heads)
-    ):
+    if isinstance(module, UNet):
+        unet.check(module)
+    elif isinstance(module, PixArt | AutoencoderKL):
+        module.check()
+    elif module.image_size % module.patch or module.width % (4 * module.num_heads):
         raise InputError(
             f"dit: image_size={module.image_size} must be a multiple of patch={module.patch} and "
             f"width={module.width} of 4 * num_heads={4 * module.num_heads}"
@@ -27,4 +39,4 @@ def build(name: str, **kwargs):
     return module
 
 
-__all__ = ["DIT_SIZES", "MODELS", "DiT", "build"]
+__all__ = ["DIT_SIZES", "MODELS", "AutoencoderKL", "DiT", "PixArt", "UNet", "build"]

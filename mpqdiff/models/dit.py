@@ -30,17 +30,25 @@ def sincos_1d(positions: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def sincos_2d(grid: int, width: int) -> np.ndarray:
-    """Fixed position table [grid * grid, width], float32: half the features code the column."""
-    rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+def sincos_2d(grid: int, width: int, interpolation: float = 1.0) -> np.ndarray:
+    """Fixed position table [grid * grid, width], float32: half the features code the column.
+
+    Positions are indices over `interpolation` (PixArt: larger grids keep the range of smaller).
+    """
+    places = np.arange(grid) / interpolation
+    rows, columns = np.meshgrid(places, places, indexing="ij")
     halves = [sincos_1d(axis.reshape(-1), width // 2) for axis in (columns, rows)]
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def timestep_sinusoid(t, width: int):
-    """t [B] -> [B, width], float32: cosines then sines, frequencies 10000^(-i/(width/2))."""
+def timestep_sinusoid(t, width: int, freq_shift: int = 0):
+    """t [B] -> [B, width], float32: cosines then sines, frequencies 10000^(-i/(width/2 - shift)).
+
+    facebookresearch/DiT divides by width/2 (shift 0), diffusers' DiT by one less (shift 1).
+    """
     half = width // 2
-    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
+    exponents = -np.log(10000.0) * np.arange(half) / (half - freq_shift)
+    frequencies = np.exp(exponents).astype(np.float32)
     angles = t[:, None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -51,10 +59,11 @@ class TimestepEmbedder(nn.Module):
     width: int
     dtype: Any
     frequency_width: int = 256
+    freq_shift: int = 0
 
     @nn.compact
     def __call__(self, t):
-        x = timestep_sinusoid(t, self.frequency_width).astype(self.dtype)
+        x = timestep_sinusoid(t, self.frequency_width, self.freq_shift).astype(self.dtype)
         x = nn.silu(nn.Dense(self.width, kernel_init=nn.initializers.normal(0.02), name="fc1")(x))
         return nn.Dense(self.width, kernel_init=nn.initializers.normal(0.02), name="fc2")(x)
 
@@ -93,8 +102,17 @@ def modulate(x, shift, scale):
     return x * (1.0 + scale[:, None]) + shift[:, None]
 
 
-def _norm(x):
-    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)(x)
+def plain_norm(x, epsilon: float = 1e-6):
+    """LayerNorm without parameters."""
+    return nn.LayerNorm(epsilon=epsilon, use_bias=False, use_scale=False)(x)
+
+
+def to_prediction(x, grid: int, patch: int, learn_variance: bool) -> Prediction:
+    """Token outputs [B, grid * grid, patch * patch * C] as images; with `learn_variance` the second
+    half of the channels is the raw variance."""
+    x = x.reshape(x.shape[0], grid, grid, patch, patch, -1)
+    x = jnp.einsum("bhwpqc->bhpwqc", x).reshape(x.shape[0], grid * patch, grid * patch, -1)
+    return Prediction(*jnp.split(x, 2, axis=-1)) if learn_variance else Prediction(x)
 
 
 class Block(nn.Module):
@@ -102,6 +120,7 @@ class Block(nn.Module):
 
     num_heads: int
     mlp_ratio: float
+    mlp_norm_epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x, c):
@@ -111,9 +130,10 @@ class Block(nn.Module):
             modulation(nn.silu(c)), 6, axis=-1
         )
         attention = Attention(self.num_heads, name="attn")
-        x = x + gate_a[:, None] * attention(modulate(_norm(x), shift_a, scale_a))
+        x = x + gate_a[:, None] * attention(modulate(plain_norm(x), shift_a, scale_a))
         mlp = Mlp(int(width * self.mlp_ratio), name="mlp")
-        return x + gate_m[:, None] * mlp(modulate(_norm(x), shift_m, scale_m))
+        normed = plain_norm(x, self.mlp_norm_epsilon)
+        return x + gate_m[:, None] * mlp(modulate(normed, shift_m, scale_m))
 
 
 class DiT(nn.Module):
@@ -121,6 +141,7 @@ class DiT(nn.Module):
 
     With `learn_variance` the last layer gives 2C channels and `Prediction.log_variance` holds the
     raw second half (the interpolation coefficient of Nichol & Dhariwal 2021, eq. 15).
+    `timestep_freq_shift=1` and `mlp_norm_epsilon=1e-5` compute what diffusers' DiT computes.
     """
 
     image_size: int
@@ -132,6 +153,14 @@ class DiT(nn.Module):
     num_classes: int
     mlp_ratio: float = 4.0
     learn_variance: bool = False
+    timestep_freq_shift: int = 0
+    mlp_norm_epsilon: float = 1e-6
+
+    @nn.nowrap
+    def example_inputs(self):
+        """(x_t, t, label) of one image, zeros: enough to make the parameters."""
+        row = jnp.zeros((1,), jnp.int32)
+        return jnp.zeros((1, self.image_size, self.image_size, self.channels)), row, row
 
     @nn.compact
     def __call__(self, x_t, t, label) -> Prediction:
@@ -151,7 +180,10 @@ class DiT(nn.Module):
         # A float32 table would lift a bfloat16 network to float32 from here on.
         x = x + sincos_2d(grid, self.width).astype(x.dtype)
         # One row suffices when the whole batch shares its timestep (t of shape []).
-        c = TimestepEmbedder(self.width, dtype=x.dtype, name="t_embed")(jnp.atleast_1d(t))
+        embed_t = TimestepEmbedder(
+            self.width, dtype=x.dtype, freq_shift=self.timestep_freq_shift, name="t_embed"
+        )
+        c = embed_t(jnp.atleast_1d(t))
         c = c + nn.Embed(
             self.num_classes + 1,
             self.width,
@@ -159,16 +191,14 @@ class DiT(nn.Module):
             name="label_embed",
         )(label)
         for index in range(self.depth):
-            x = Block(self.num_heads, self.mlp_ratio, name=f"block_{index}")(x, c)
+            block = Block(
+                self.num_heads, self.mlp_ratio, self.mlp_norm_epsilon, name=f"block_{index}"
+            )
+            x = block(x, c)
         zeros = nn.initializers.zeros
         shift, scale = jnp.split(
             nn.Dense(2 * self.width, kernel_init=zeros, name="final_adaln")(nn.silu(c)), 2, axis=-1
         )
-        x = modulate(_norm(x), shift, scale)
+        x = modulate(plain_norm(x), shift, scale)
         x = nn.Dense(self.patch**2 * out_channels, kernel_init=zeros, name="final")(x)
-        x = x.reshape(batch, grid, grid, self.patch, self.patch, out_channels)
-        x = jnp.einsum("bhwpqc->bhpwqc", x).reshape(x_t.shape[:3] + (out_channels,))
-        if not self.learn_variance:
-            return Prediction(x)
-        eps, log_variance = jnp.split(x, 2, axis=-1)
-        return Prediction(eps, log_variance)
+        return to_prediction(x, grid, self.patch, self.learn_variance)

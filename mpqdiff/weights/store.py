@@ -29,7 +29,8 @@ def save(path: Path, params, *, model: dict, dtype=np.float16) -> None:
     """
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     with np.errstate(over="ignore"):  # an overflow is reported below, by name
-        stored = {name: np.asarray(leaf, dtype) for name, leaf in flat.items()}
+        # Contiguous: safetensors writes a view's memory as it lies.
+        stored = {name: np.ascontiguousarray(leaf, dtype) for name, leaf in flat.items()}
     bad = [name for name, leaf in stored.items() if not np.isfinite(leaf).all()]
     if bad:
         raise InputError(f"{bad[0]} is not finite as {np.dtype(dtype).name}: nothing was written")
@@ -76,7 +77,12 @@ def load(source: str):
 
 
 def initialise(module, key):
-    """Random parameters of an image denoiser; `key` is consumed."""
+    """Random parameters of a module; `key` is consumed.
+
+    A module that is not a denoiser of images with labels offers its `example_inputs()`.
+    """
+    if hasattr(module, "example_inputs"):
+        return jax.jit(module.init)(key, *module.example_inputs())["params"]
     size, channels = module.image_size, module.channels
     x_t = jnp.zeros((1, size, size, channels))
     row = jnp.zeros((1,), jnp.int32)

@@ -30,6 +30,7 @@ _NAMES = {
     "InputError": ("mpqdiff.errors", "InputError"),
     "Prediction": ("mpqdiff.denoiser", "Prediction"),
     "from_linen": ("mpqdiff.denoiser", "from_linen"),
+    "from_flax": ("mpqdiff.program", "from_flax"),
     "load_weights": ("mpqdiff.weights", "load"),
     "list_sites": ("mpqdiff.sites", "list_sites"),
     "pin": ("mpqdiff.sites", "pin"),

@@ -40,7 +40,7 @@ def base() -> Config:
         dict(
             schedule="linear",
             num_timesteps=1000,  # F
-            sampler="ddim",
+            sampler="ddim",  # ddim, ddpm, ddpm_large, ddpm_learned, dpm_solver
             num_steps=20,  # S of arm 0
             eta=0.0,
             guidance_scale=1.0,

@@ -6,12 +6,15 @@ silence. Both count the sites they hit while tracing and raise when these differ
 they were given.
 
 The model must be unrolled where its sites are: a reduction taken inside `nn.scan` or `nn.remat`
-lives in an inner trace and cannot leave it. `observe` refuses such a model, naming the site.
+lives in an inner trace and cannot leave it. `observe` refuses such a model, naming the site;
+`mpqdiff.from_flax` unrolls it.
 """
 
+import contextlib
+import contextvars
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +26,39 @@ from mpqdiff.errors import InputError
 from mpqdiff.models.product import Product
 
 KINDS = {"dense": nn.Dense, "conv": nn.Conv, "product": Product, "embedding": nn.Embed}
+
+# Why a product is left in float, by the name in its `left_scope`.
+LEFT = {
+    "axes": "a convolution over more than two axes has no integer form",
+    "batch": "the product is another one for this number of images",
+    "batched": "it has a matrix for each of a group, with scales of its own",
+    "branch": "it is inside lax.cond, which may not run it",
+    "constant": "it multiplies by a constant of the program, not by a parameter",
+    "cropped": "a convolution that crops its input has no integer form",
+    "deep": "its contraction is so long that an int32 sum can overflow",
+    "dilated": "a dilated convolution has no integer form",
+    "dynamic": "the kernel of the convolution is computed from the input",
+    "grouped": "a grouped convolution has no integer form",
+    "loop": "it is inside a loop that is not over layers of parameters, or too long to unroll",
+    "other": "it is inside a call that is run as it is",
+    "parameters": "its operands do not depend on the input: parameters or constants both",
+    "transposed": "a transposed convolution has no integer form",
+    "type": "its operands are not real floats",
+    "unseen": "no Dense, Conv or Product module makes it; mpqdiff.from_flax finds such sites",
+    "while": "it is inside a loop whose length is not known",
+}
+
+_untouched = contextvars.ContextVar("untouched", default=False)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Module calls made in here are neither observed nor rewritten."""
+    token = _untouched.set(True)
+    try:
+        yield
+    finally:
+        _untouched.reset(token)
 
 
 def kind_of(module) -> str | None:
@@ -44,7 +80,7 @@ def _intercepted(denoise: Denoise, visit: Callable) -> Callable:
         def interceptor(next_fun, args, kwargs, context):
             nonlocal visiting
             kind = kind_of(context.module)
-            if kind is None or context.method_name != "__call__" or visiting:
+            if kind is None or context.method_name != "__call__" or visiting or _untouched.get():
                 return next_fun(*args, **kwargs)
             base = "/".join(context.module.path)
             path = f"{base}#{calls[base]}" if calls[base] else base
@@ -103,8 +139,8 @@ def observe(
             if get_opaque_trace_state(convention="flax") != outside:
                 raise InputError(
                     f"site {path!r} lies inside nn.scan, nn.remat, nn.vmap or a jitted function, "
-                    "where it cannot be observed: pass a denoise that is not jitted and build the "
-                    "model unrolled (the parameters are the same up to stacking)"
+                    "where it cannot be observed: pass a denoise that is not jitted, and wrap the "
+                    "module with mpqdiff.from_flax, which unrolls it"
                 )
             with jax.named_scope(scope(path)):
                 out = call()
@@ -150,3 +186,8 @@ def rewrite(denoise: Denoise, operations: Mapping[str, Callable]) -> Denoise:
 def scope(path: str) -> str:
     """The name scope of a site, by which traced and compiled programs tell whose product it is."""
     return f"site[{path.replace('/', '.')}]"
+
+
+def left_scope(why: str) -> str:
+    """The name scope of a product left in float; `why` is a key of LEFT."""
+    return f"left[{why}]"

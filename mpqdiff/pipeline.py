@@ -23,7 +23,13 @@ from mpqdiff.artifacts import Store, chunked, digest, load_arrays, save_arrays, 
 from mpqdiff.config import Config
 from mpqdiff.denoiser import Denoise, from_linen
 from mpqdiff.diffusion.guidance import guide
-from mpqdiff.diffusion.samplers import SAMPLERS, initial_noise, step_keys, uniform_timesteps
+from mpqdiff.diffusion.samplers import (
+    SAMPLERS,
+    draws_noise,
+    initial_noise,
+    step_keys,
+    uniform_timesteps,
+)
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.plan import Plan, with_choices
 from mpqdiff.quantize import activations
@@ -74,7 +80,8 @@ class Experiment:
     def inputs(self, seed: int, start: int, count: int):
         """(x_T, labels, step keys or None) of images start..start+count-1."""
         noise = initial_noise(seed, start, count, self.image_shape)
-        keys = step_keys(seed, start, count) if self.config.diffusion.eta else None
+        d = self.config.diffusion
+        keys = step_keys(seed, start, count) if draws_noise(d.sampler, d.eta) else None
         return noise, jnp.asarray(self.labels(start, count)), keys
 
     @property

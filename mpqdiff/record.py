@@ -64,6 +64,25 @@ def _once_reduced(out, taken: dict):
     return jnp.where(taken["gram"][0, 0] >= 0.0, out, jnp.nan)
 
 
+def per_sample(out, samples: int, path: str):
+    """out [N,...] itself; [N*M,...], other axes folded into the batch, as [N,M,...]; and [1,...],
+    in which no sample has a part, once for each.
+
+    Raises InputError on a first axis that is none of these.
+    """
+    if out.shape[0] == samples:
+        return out
+    if out.shape[0] == 1:
+        return jnp.broadcast_to(out, (samples, *out.shape[1:]))
+    if out.shape[0] % samples:
+        raise InputError(
+            f"site {path!r} gives {list(out.shape)} for {samples} samples: expected the samples as "
+            "the first axis; leave the site out of the list, or wrap the module with "
+            "mpqdiff.from_flax, which moves them there"
+        )
+    return out.reshape(samples, -1, *out.shape[1:])
+
+
 def _range(args):
     """(min, max) of both operands, [2] each; zero is always inside, a weight operand gives 0."""
     operands = [jnp.asarray(arg) for arg in args[:2]]
@@ -79,18 +98,18 @@ def one_timestep(denoise: Denoise, sites: Sequence[Site], *, grams: bool = True)
     """
     wanted = {site.path for site in sites}
 
-    def reduce(path, module, kind, args, out):
-        if path not in wanted:
-            return None
-        low, high = _range(args)
-        taken: dict[str, jax.Array] = {"input_min": low, "input_max": high}
-        if grams:
-            taken["gram"], taken["row_sums"] = centred_gram(out)
-        return taken
-
-    observed = intercept.observe(denoise, reduce, proceed=_once_reduced)
-
     def run(params, x_t, t, cond):
+        def reduce(path, module, kind, args, out):
+            if path not in wanted:
+                return None
+            low, high = _range(args)
+            taken: dict[str, jax.Array] = {"input_min": low, "input_max": high}
+            if grams:
+                rows = per_sample(out, x_t.shape[0], path)
+                taken["gram"], taken["row_sums"] = centred_gram(rows)
+            return taken
+
+        observed = intercept.observe(denoise, reduce, proceed=_once_reduced)
         _, taken = observed(params, x_t, t, cond)
         missing = wanted - set(taken)
         if missing:

@@ -38,10 +38,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Remainder:
-    """A product left in float: where it is (name stack) and its MACs per image."""
+    """A product left in float: where it is (name stack), its MACs per image, and why."""
 
     name: str
     macs: int
+    reason: str = ""
 
 
 def _site(path, module, kind, args, out) -> Site:
@@ -81,14 +82,15 @@ def list_sites(denoise: Denoise, params, x_t, t, cond) -> tuple[list[Site], list
     if not found:
         raise InputError(
             "no Dense, Conv, Product or Embed was called: pass a denoise that applies a linen "
-            "module and is not jitted (a trace made earlier would be reused)"
+            "module and is not jitted (a trace made earlier would be reused), or wrap the module "
+            "with mpqdiff.from_flax, which also finds raw products"
         )
     traced, remainder = dict.fromkeys((site.path for site in found), 0), []
     owners = {intercept.scope(site.path): site.path for site in found}
     for name, macs in sorted(products.items()):
         owner = next((path for scope, path in owners.items() if scope in name), None)
         if owner is None:
-            remainder.append(Remainder(name, macs))
+            remainder.append(_left(name, macs))
         else:
             traced[owner] += macs
     for site in found:
@@ -99,6 +101,13 @@ def list_sites(denoise: Denoise, params, x_t, t, cond) -> tuple[list[Site], list
                 "this module"
             )
     return found, remainder
+
+
+def _left(name: str, macs: int) -> Remainder:
+    """The Remainder of a name stack, which may tell why (`intercept.left_scope`)."""
+    why = re.findall(r"left\[(\w+)\]", name)
+    reason = intercept.LEFT[why[0] if why else "unseen"]
+    return Remainder(re.sub(r"left\[\w+\]/?", "", name).rstrip("/"), macs, reason)
 
 
 def module_path(path: str) -> str:

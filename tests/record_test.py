@@ -196,6 +196,16 @@ def test_nan_in_the_weights_names_the_first_site(net):
         record_with(net, params=params)
 
 
+def test_rows_are_samples_whatever_is_folded_into_the_batch():
+    out = jnp.arange(24.0).reshape(6, 4)
+    assert recording.per_sample(out, 6, "a") is out
+    folded = recording.per_sample(out, 3, "a")
+    np.testing.assert_array_equal(folded.reshape(3, -1), out.reshape(3, 8))
+    np.testing.assert_array_equal(recording.per_sample(out[:1], 3, "a")[2], out[0])
+    with pytest.raises(InputError, match=r"'a/b' gives \[6, 4\] for 4 samples.*from_flax"):
+        recording.per_sample(out, 4, "a/b")
+
+
 def test_sites_that_are_not_there_and_shapes_that_do_not_fit(net):
     ghost = [*net[3], sites.Site("ghost", "dense", (2, 2), 4, 0, 4, "ghost")]
     with pytest.raises(InputError, match=r"never called by this model: \['ghost'\]"):

@@ -90,7 +90,7 @@ def test_a_raw_product_is_not_hidden_by_a_site_of_the_same_name():
     found, remainder = listed(Namesakes(), (3, 3, 1))
     assert [site.path for site in found] == ["out"]
     assert [entry.macs for entry in remainder] == [9 * 2 * 2]
-    assert "proj/out" in remainder[0].name
+    assert "proj/out" in remainder[0].name and "from_flax" in remainder[0].reason
 
 
 class LowRank(nn.Dense):

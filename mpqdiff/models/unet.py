@@ -105,18 +105,12 @@ class UNet(nn.Module):
         # The fast variance E[x^2] - E[x]^2 loses digits where the mean is large.
         return partial(nn.GroupNorm, self.groups, epsilon=self.norm_eps, use_fast_variance=False)
 
-    def example_cond(self, batch: int = 1):
-        """Shape of a `cond` for `batch` images: labels, or a context of one token."""
-        if self.condition == "context":
-            return jax.ShapeDtypeStruct((batch, 1, self.context_width), jnp.float32)
-        return jax.ShapeDtypeStruct((batch,), jnp.int32)
-
-    @nn.nowrap
     def example_inputs(self):
-        """Zeros (x_t, t, cond) of one image, to initialise or trace with."""
-        cond = self.example_cond()
+        """Zeros to call the network with: (x_t, t, cond) of one image, a context of one token."""
         x_t = jnp.zeros((1, self.image_size, self.image_size, self.channels))
-        return x_t, jnp.zeros((1,), jnp.int32), jnp.zeros(cond.shape, cond.dtype)
+        labels = jnp.zeros((1,), jnp.int32)
+        crossed = self.condition == "context"
+        return x_t, labels, jnp.zeros((1, 1, self.context_width or 0)) if crossed else labels
 
     def condition_on(self, t, cond, dtype):
         """(time embedding [B,E], or [1,E] of a scalar t; context [B,P,C] or None)."""
@@ -166,9 +160,8 @@ def at_level(value, level: int) -> int:
 
 def parameter_shapes(unet: UNet) -> dict[str, tuple[int, ...]]:
     """{path of a parameter ("mid_res_0/conv1/kernel"): its shape}. Computes nothing."""
-    x_t = jax.ShapeDtypeStruct((1, unet.image_size, unet.image_size, unet.channels), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    shapes = jax.eval_shape(unet.init, jax.random.key(0), x_t, t, unet.example_cond())["params"]
+    inputs = jax.eval_shape(unet.example_inputs)
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
     flat: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 

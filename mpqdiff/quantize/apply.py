@@ -71,7 +71,8 @@ def float_leaves(params, sites: Sequence[Site]):
 
 def fixed_cost(params, sites: Sequence[Site], *, rows: int) -> dict[str, float]:
     """Bytes that no choice of widths changes: float leaves and the activation table."""
-    left = sum(leaf.size * 4 for leaf in jax.tree.leaves(float_leaves(params, sites)))
+    leaves = jax.tree.leaves(float_leaves(params, sites))
+    left = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     columns = sum(len(taken) for taken in activations.columns(sites).values())
     return fixed_bytes(left, rows, columns)
 

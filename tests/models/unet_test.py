@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from mpqdiff import record
+from mpqdiff import record, weights
 from mpqdiff import sites as site_list
 from mpqdiff.denoiser import from_linen
 from mpqdiff.errors import InputError
@@ -111,7 +111,7 @@ def test_the_cifar_10_network_of_ddpm():
     unet = UNet(**CIFAR10)
     check(unet)
     assert sum(math.prod(shape) for shape in parameter_shapes(unet).values()) == 35_746_307
-    found, remainder = listed(unet, unet.example_cond())
+    found, remainder = listed(unet, unet.example_inputs()[2])
     assert remainder == []
     macs = {"product": 0, "weights": 0}
     for site in found:
@@ -153,6 +153,21 @@ def test_sites_close_and_skips_have_paths(name):
         ("up_0_skip_0", 16, 8),
         ("up_0_skip_1", 8, 8),
     ]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "context"])
+def test_a_weights_file_rebuilds_it(tmp_path, name):
+    kwargs = {**TINY, **VARIANTS[name]}
+    params = randomised(UNet(**kwargs))
+    weights.save(
+        tmp_path / "u.safetensors",
+        params,
+        model={"name": "unet", "kwargs": kwargs},
+        dtype=np.float32,
+    )
+    module, loaded, _ = weights.load(str(tmp_path / "u.safetensors"))
+    assert parameter_shapes(module) == parameter_shapes(UNet(**kwargs))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_at_initialisation_the_output_is_zero():

@@ -151,7 +151,8 @@ def test_older_names_of_the_attention_are_known():
     results = []
     for state in (new, {aged(key): value for key, value in new.items()}):
         lazy = State({key: lambda value=value: value for key, value in state.items()})
-        source = Source("unused", dict(model.config), lazy)  # type: ignore[arg-type]
+        config = {"_class_name": "AutoencoderKL", **model.config}  # as in a saved folder
+        source = Source("unused", config, lazy)  # type: ignore[arg-type]
         results.append(filled(source, CONVERTERS["diffusers_vae"])[1])
     assert any("query" in aged(key) for key in new)
     assert results[0].keys() == results[1].keys()

@@ -1,18 +1,24 @@
 """Time of the evaluation, beside torch-fidelity's on the same images and features in one run.
 
     python benchmarks/evaluation.py [--images 10000] [--dimensions 2048] [--inception 32]
+                                    [--streamed 50000]
 
-The first row is all of `mpqdiff evaluate --images=...` in the shipped classifier, reading
-included; torch-fidelity has no network for small images. The others give both the same arrays.
-Inception runs with random weights, carried over. The last column is the relative difference of
-the two values (of features: to their largest); torch-fidelity has its kernel distance in float32.
-Without torch-fidelity (`pip install torch` and
-`pip install --no-deps torch-fidelity`) the times stand alone.
+The first row is the promise of 60 s: features of images on disk in the shipped classifier, their
+mean and covariance. The second is all of `mpqdiff evaluate --images=...`. torch-fidelity has no
+network for small images. The others give both the same arrays. Inception runs with random weights,
+carried over. `difference` is the relative one of the two values (of features: to their largest);
+torch-fidelity takes its kernel distance in the features' own float32, the row after gives it
+float64, which is what ours computes in. Below: the most memory that a process held which took the
+statistics (and, here, the distance) of `--streamed` rows. Limits are for two cores that nothing
+else uses. Without torch-fidelity (`pip install torch` and `pip install --no-deps torch-fidelity`)
+the times stand alone.
 """
 
 import argparse
 import importlib
 import importlib.util
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +34,8 @@ from safetensors.numpy import save_file
 
 from mpqdiff import cli
 from mpqdiff.evaluate import features, frechet, inception, inception_weights, statistics
-from mpqdiff.evaluate.image_folder import write_images
-from mpqdiff.evaluate.image_metrics import evaluate_images
+from mpqdiff.evaluate.image_folder import open_images, write_images
+from mpqdiff.evaluate.image_metrics import evaluate_images, extract
 from mpqdiff.evaluate.inception_score import inception_score
 from mpqdiff.evaluate.kernel_distance import subset_kernel_distance
 from mpqdiff.evaluate.manifold import precision_recall
@@ -42,6 +48,13 @@ class Row(NamedTuple):
     size: str
     ours: Callable[[], Any]
     theirs: Callable[[Any], Any] | None = None
+    limit: float | None = None  # seconds on two cores that were promised
+
+    def promise(self, seconds: float) -> str:
+        """Whether the limit was held, in words."""
+        if self.limit is None:
+            return "-"
+        return f"{self.limit:g} s: {'held' if seconds < self.limit else 'MISSED'}"
 
 
 def fidelity() -> Any:
@@ -104,8 +117,8 @@ def metric_rows(count: int, dimensions: int) -> list[Row]:
     def their_fid(parts):
         return next(iter(parts.metric_fid.fid_statistics_to_metric(*named, False).values()))
 
-    def their_kid(parts):
-        pair = (parts.torch.from_numpy(values) for values in (own, real))
+    def their_kid(parts, dtype: Any = np.float32):
+        pair = (parts.torch.from_numpy(values.astype(dtype)) for values in (own, real))
         return next(iter(parts.metric_kid.kid_features_to_metric(*pair, **subsets).values()))
 
     def their_score(parts):
@@ -127,8 +140,12 @@ def metric_rows(count: int, dimensions: int) -> list[Row]:
             f"{dimensions} dimensions",
             lambda: frechet.frechet_distance(*gaussians[0], *gaussians[1]),
             their_fid,
+            limit=10.0,
         ),
         Row("kernel distance, 10 subsets", shape, our_kid, their_kid),
+        Row(
+            "kernel distance, both in float64", shape, our_kid, partial(their_kid, dtype=np.float64)
+        ),
         Row("inception score", f"{count} x 1008", lambda: inception_score(logits), their_score),
         Row(
             "precision and recall",
@@ -136,6 +153,21 @@ def metric_rows(count: int, dimensions: int) -> list[Row]:
             lambda: precision_recall(own[:few], real[:few]),
             their_manifold,
         ),
+    ]
+
+
+def image_rows(count: int, folder: Path) -> list[Row]:
+    """From images on disk, in the shipped classifier: statistics alone, then every metric."""
+    write_images(folder / "own.npz", pictures(count, 1))
+    network, shape = features.load(), f"{count} images 28x28"
+
+    def moments():
+        return statistics.moments(extract(network, open_images(folder / "own.npz")).features)
+
+    whole = partial(evaluate_images, folder / "own.npz", "fashion_reference")
+    return [
+        Row("features and statistics", shape, moments, limit=60.0),
+        Row("evaluate --images", shape, whole),
     ]
 
 
@@ -201,6 +233,41 @@ def timed(call: Callable[..., Any], *args) -> Timed:
     return Timed(result, time.perf_counter() - wall, time.process_time() - cpu)
 
 
+def peak(which: str, count: int, dimensions: int) -> float:
+    """GB that this process has held at most after the statistics of `count` random rows: by
+    "mpqdiff" from batches, with a distance, by "torch-fidelity" from all rows as it takes them."""
+    rng = np.random.default_rng(0)
+    if which == "mpqdiff":
+        found = statistics.empty(dimensions)
+        for start in range(0, count, 500):
+            rows = rng.standard_normal((min(500, count - start), dimensions), np.float32)
+            found = found.update(rows)
+        frechet.frechet_distance(
+            found.mean, found.cov, np.zeros(dimensions), np.diag(np.linspace(1, 2, dimensions))
+        )
+    else:
+        parts = fidelity()
+        rows = parts.torch.from_numpy(rng.standard_normal((count, dimensions), np.float32))
+        parts.metric_fid.fid_features_to_statistics(rows)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def peaks(count: int, dimensions: int, known: bool) -> None:
+    """Print the memory of both, each in a process of its own."""
+    print("\n| peak memory | size | mpqdiff GB | torch-fidelity GB | limit |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    found = []
+    for which in ("mpqdiff", "torch-fidelity")[: 1 + known]:
+        call = [sys.executable, __file__, "--peak", which, "--streamed", str(count)]
+        call += ["--dimensions", str(dimensions)]
+        found.append(float(subprocess.run(call, check=True, stdout=-1, text=True).stdout))
+    cells = [f"{value:.2f}" for value in found] + ["-"] * (2 - len(found))
+    held = "held" if found[0] < 2.0 else "MISSED"
+    print(
+        f"| statistics | {count} x {dimensions} | {' | '.join(cells)} | 2 GB: {held} |", flush=True
+    )
+
+
 def difference(ours, theirs) -> float:
     """Largest difference over the largest value."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -213,19 +280,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--dimensions", type=int, default=2048)
     parser.add_argument("--inception", type=int, default=32, help="images; 0: leave Inception out")
+    parser.add_argument("--streamed", type=int, default=50_000, help="rows; 0: leave memory out")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak:
+        print(peak(options.peak, options.streamed, options.dimensions))
+        return
     cli.prepare_jax()
     parts = fidelity()
-    print("| computation | size | mpqdiff s (CPU s) | torch-fidelity s | ratio | difference |")
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    print(
+        "| computation | size | mpqdiff s (CPU s) | torch-fidelity s | ratio | difference | limit |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder / "own.npz", pictures(options.images, 1))
-        whole = partial(evaluate_images, folder / "own.npz", "fashion_reference")
-        rows = [
-            Row("evaluate --images", f"{options.images} images 28x28", whole),
-            *metric_rows(options.images, options.dimensions),
-        ]
+        rows = image_rows(options.images, folder)
+        rows += metric_rows(options.images, options.dimensions)
         if options.inception:
             rows.append(inception_row(options.inception, folder, parts))
         for row in rows:
@@ -234,7 +304,10 @@ def main() -> None:
                 theirs = timed(row.theirs, parts)
                 apart = difference(ours.result, theirs.result)
                 cells = [theirs.cell, f"{theirs.wall / ours.wall:.2f}x", f"{apart:.1e}"]
+            cells.append(row.promise(ours.wall))
             print(f"| {row.name} | {row.size} | {ours.cell} | {' | '.join(cells)} |", flush=True)
+    if options.streamed:
+        peaks(options.streamed, options.dimensions, parts is not None)
 
 
 if __name__ == "__main__":

@@ -5,28 +5,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mpqdiff import images as pictures
 from mpqdiff.arms import Arm
 from mpqdiff.artifacts import load_arrays, save_arrays
-from mpqdiff.evaluate import drift, evaluate, features, paired, paired_numbers, verdict
+from mpqdiff.evaluate import drift, evaluate, features, paired_numbers, verdicts
 from mpqdiff.evaluate.downstream import class_agreement, correct, downstream, real_images
 from mpqdiff.evaluate.protocol import protocol
 from mpqdiff.pipeline import VERSIONS
 from mpqdiff.recipe import feature_space
 
-# Compared with the plan's, where both have an interval; x0 error by the paired test.
-COMPARED = ("x0_mse", "psnr", "kid", "fid")
+COMPARED = ("x0_mse", "psnr", "kid", "fid")  # of `against_plan`
 
 
 def extracted(arm: Arm, network) -> dict:
     """{images uint8, features, logits, spatial} of an arm's samples; features are cached."""
-    name, x_0 = arm.samples
-    images = pictures.to_uint8(x_0)
+    name, images = arm.samples[0], arm.images
 
     def compute(folder):
         save_arrays(folder / "features.npz", features.collect(network, images)._asdict())
 
-    key = {"sample": name, "network": network.hash}
+    key = {"sample": name, "decoder": _decoder(arm), "network": network.hash}
     folder = arm.experiment.store.get(
         "features", version=VERSIONS["features"], key=key, compute=compute
     )
@@ -37,7 +34,7 @@ def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
     """(one row of metrics per arm, the protocol). Arm 0 is float, with which all are paired."""
     config = arms[0].config
     if not config.evaluate.features:
-        return [paired_metrics(arm, arms[0]) for arm in arms], {}
+        return _judged(arms, [paired_metrics(arm, arms[0]) for arm in arms]), {}
     network, reference = feature_space(config)
     low = config.copy_and_resolve_references()
     low.diffusion.num_steps = config.evaluate.ceiling_steps
@@ -57,8 +54,10 @@ def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
             logits=own["logits"],
             spatial=own["spatial"],
             reference=reference,
+            float_images=_decoded(arms[0]),
             ceiling_features=ceiling["features"],
             seed=config.seed,
+            values=True,
             **_beside_float(arm, arms[0], base, path, paths[0]),
         )
         if arm is not arms[0]:
@@ -111,10 +110,9 @@ def downstream_answers(arm: Arm) -> np.ndarray | None:
         return None
 
     def compute(folder):
-        images = pictures.to_uint8(arm.samples[1])
-        right = correct(
-            images, experiment.labels(0, len(images)), real, num_classes=experiment.num_classes
-        )
+        images = arm.images
+        labels, num_classes = experiment.labels(len(images))
+        right = correct(images, labels, real, num_classes=num_classes)
         save_arrays(folder / "right.npz", {"right": right})
 
     key = {"sample": arm.samples[0], "data": config.data.name, "real": len(real.images)}
@@ -125,22 +123,14 @@ def downstream_answers(arm: Arm) -> np.ndarray | None:
 
 
 def _judged(arms: list[Arm], rows: list[dict]) -> list[dict]:
-    """The rows with `against_plan`: each COMPARED metric "better" or "worse" than the plan's, or
-    a "tie" inside the noise."""
-    at = next((i for i, arm in enumerate(arms) if arm.name == "plan"), None)
-    if at is None:
-        return rows
-    float_x_0, plan = arms[0].samples[1], rows[at]
-    errors = paired.x0_errors(arms[at].samples[1], float_x_0)
-    for index, (arm, row) in enumerate(zip(arms, rows, strict=True)):
-        if index in (0, at):
-            continue
-        sharp = {"x0_mse": (paired.x0_errors(arm.samples[1], float_x_0), errors)}
-        row["against_plan"] = {
-            key: verdict(row, plan, key, values=sharp.get(key))
-            for key in COMPARED
-            if key in sharp or (row.get(f"{key}_ci") and plan.get(f"{key}_ci"))
-        }
+    """The rows with `against`, {metric: {arm: word}}: "better" or "worse" than that arm, or a
+    "tie" inside the noise, by the paired test where there are values per image; and
+    `against_plan`, what it says of COMPARED and the plan."""
+    values = [row.pop("values", {}) for row in rows]
+    for row, found in zip(rows, verdicts([arm.name for arm in arms], rows, values), strict=True):
+        row["against"] = found
+        plan = {key: found.get(key, {}).get("plan") for key in COMPARED}
+        row["against_plan"] = {key: word for key, word in plan.items() if word}
     return rows
 
 
@@ -158,10 +148,30 @@ def described(arm: Arm, network, reference) -> dict:
         sampler=f"{config.diffusion.sampler}, eta {config.diffusion.eta:g}, clip "
         f"{config.diffusion.clip}",
         ceiling_steps=config.evaluate.ceiling_steps,
-        image_size=arm.experiment.image_shape,
+        is_fid=network.is_fid,
+        image_size=arm.experiment.pixel_shape,
     )
 
 
 def paired_metrics(arm: Arm, base: Arm) -> dict:
     """The metrics that need no feature network: against float on the same seeds."""
-    return {} if arm is base else paired_numbers(arm.samples[1], base.samples[1])
+    if arm is base:
+        return {}
+    decoded = _decoded(base)
+    return paired_numbers(
+        arm.samples[1],
+        base.samples[1],
+        images=None if decoded is None else arm.images,
+        float_images=decoded,
+        values=True,
+    )
+
+
+def _decoder(arm: Arm) -> str | None:
+    """The hash of what decodes the arm's samples; None for a pixel model."""
+    return arm.experiment.autoencoder and arm.experiment.autoencoder.hash
+
+
+def _decoded(base: Arm) -> np.ndarray | None:
+    """The float arm's images where they are decoded from latents."""
+    return base.images if base.experiment.autoencoder else None

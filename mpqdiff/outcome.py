@@ -80,8 +80,13 @@ def save_samples(arms: list[Arm], folder: Path, count: int) -> None:
     """One PNG strip per arm, the same seeds in each."""
     folder.mkdir(parents=True, exist_ok=True)
     for arm in arms:
-        images = pictures.to_uint8(arm.samples[1][:count])
-        pictures.save_grid(folder / f"{arm.name}.png", images)
+        pictures.save_grid(folder / f"{arm.name}.png", shown(arm, count))
+
+
+def shown(arm: Arm, count: int) -> np.ndarray:
+    """The first `count` images, uint8 [count,H,W,1 or 3]; latents that nothing decodes as grey."""
+    images = arm.images[:count]
+    return images if images.shape[-1] in (1, 3) else images.mean(-1, keepdims=True).astype("uint8")
 
 
 def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
@@ -110,9 +115,7 @@ def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
         score_name=f"1 - {scores.name}" if scores.kind == "redundancy" else scores.name,
         matrix=matrix,
         site_paths=paths,
-        images={
-            arm.name: pictures.to_uint8(arm.samples[1][: config.report.num_images]) for arm in arms
-        },
+        images={arm.name: shown(arm, config.report.num_images) for arm in arms},
         environment=results.environment(),
         command=command,
         stages=clock.stages,

@@ -11,6 +11,7 @@ from mpqdiff.artifacts import read_json, write_json
 from mpqdiff.costs.bitops import bitops
 from mpqdiff.evaluate import efficiency as speed
 from mpqdiff.evaluate import energy_meter
+from mpqdiff.evaluate.protocol import INDICATIVE_BELOW
 from mpqdiff.plan import average_bits
 
 SCHEMA = 1
@@ -155,7 +156,9 @@ def assemble(arms: list[Arm], times: list[dict], rows: list[dict], described: di
 
 
 def table(results: dict) -> str:
-    """The arms as lines of text: what `mpqdiff run` prints."""
+    """The arms as lines of text, and what their words mean: what `mpqdiff run` prints."""
+    protocol = results["protocol"]
+    distance = "FID" if protocol.get("is_fid") else "Frechet"
     columns = (
         ("arm", 12, lambda a: a["arm"]),
         ("w bits", 7, lambda a: f"{a['avg_w_bits']:.2f}"),
@@ -164,14 +167,24 @@ def table(results: dict) -> str:
         ("ms/image", 9, lambda a: f"{a['ms_per_image']['median']:.2f}"),
         ("speed-up", 9, lambda a: f"{a['speedup']:.2f}x"),
         ("x0 MSE", 10, lambda a: _number(a["x0_mse"], ".2e")),
+        ("vs plan", 7, lambda a: a.get("against_plan", {}).get("x0_mse", "-")),
         ("PSNR dB", 8, lambda a: _number(a["psnr"], ".2f")),
-        ("FID", 8, lambda a: _number(a["fid"], ".2f")),
+        ("KID", 9, lambda a: _number(a["kid"], ".3g")),
+        (distance, 8, lambda a: _number(a["fid"], ".2f")),
         ("damage", 7, lambda a: _number(a["damage"], ".3f")),
         ("runs in", 8, lambda a: a["execution"]),
     )
     lines = ["  ".join(f"{name:>{width}}" for name, width, _ in columns)]
     for arm in results["arms"]:
         lines.append("  ".join(f"{show(arm):>{width}}" for _, width, show in columns))
+    if any(arm.get("against_plan", {}).get("x0_mse") for arm in results["arms"]):
+        lines.append("vs plan: x0 MSE, by the paired test at 95 %; inside the noise it is a tie")
+    if protocol.get("fid_name", "FID") != "FID":
+        lines.append(f"Frechet: {protocol['fid_name']}")
+    if protocol.get("indicative"):
+        lines.append(
+            f"{distance} and damage are indicative only: fewer than {INDICATIVE_BELOW} images"
+        )
     return "\n".join(lines)
 
 

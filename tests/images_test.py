@@ -95,10 +95,10 @@ def test_every_level_survives_inside_a_compiled_function():
         images.from_uint8([0, 1])
 
 
-def test_nothing_else_in_the_package_makes_pixels_of_floats():
+def test_nothing_else_in_the_package_makes_pixels_of_floats_or_the_reverse():
     """A second conversion somewhere is how images get washed out."""
     package = Path(images.__file__).parent
-    scaling = re.compile(r"\* *(np\.float32\()?(127\.5|255|127\.0|128\.0)\b")
+    scaling = re.compile(r"[*/] *\(?(j?np\.float32\()?(127\.5|255|127\.0|128\.0)\b(?! *\*)")
     found = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")

@@ -14,13 +14,14 @@ import numpy as np
 
 from mpqdiff.errors import InputError
 from mpqdiff.evaluate import frechet, intervals
-from mpqdiff.evaluate.compare import on_shared_seeds, tie, verdict
+from mpqdiff.evaluate.compare import on_shared_seeds, tie, verdict, verdicts
 from mpqdiff.evaluate.evaluator import METRICS, Estimate, Evaluator, Given, measure, spread
 from mpqdiff.evaluate.statistics import finite_features
+from mpqdiff.images import from_uint8
 
 __all__ = [
     "METRICS", "Estimate", "Evaluator", "Given", "evaluate", "measure",
-    "on_shared_seeds", "paired_numbers", "spread", "tie", "verdict",
+    "on_shared_seeds", "paired_numbers", "spread", "tie", "verdict", "verdicts",
 ]  # fmt: skip
 _PAIRED = ("psnr", "ssim", "x0_mse")  # what two sets of x_0 are enough for
 
@@ -33,6 +34,7 @@ def evaluate(
     logits=None,
     reference: Any,
     float_x_0=None,
+    float_images=None,
     float_features=None,
     ceiling_features=None,
     seed: int = 0,
@@ -43,6 +45,7 @@ def evaluate(
     image_embeddings=None,
     text_embeddings=None,
     metrics: Sequence[str] | None = None,
+    values: bool = False,
 ) -> dict[str, Any]:
     """The metric part of one arm's row. Seeds and labels are paired by row across arms.
 
@@ -50,6 +53,8 @@ def evaluate(
       images: uint8 [n,H,W,C], what the features were extracted from.
       x_0: float32 [n,H,W,C], the sampler's output before the uint8 boundary; None for images
         from elsewhere, which have no paired metrics.
+      float_images: uint8 [n,H,W,C] of arm 0, where x_0 are latents and `images` are decoded from
+        them: PSNR and SSIM are then taken on the images, x0_mse on the latents.
       features: [n,D]; logits: [n,classes]: the evaluation network's, of `images`.
       reference: has train_mean [D], train_cov [D,D]; where it also has train_features [m,D]
         (KID, precision, recall), test_features [t,D] (damage), spatial_mean and spatial_cov
@@ -63,6 +68,8 @@ def evaluate(
       image_embeddings, text_embeddings: [n,E] of a user's own text-image encoder.
       metrics: names from METRICS; None takes every one that the arguments allow, but
         `fid_infinity`. A metric named here whose arguments are missing is an InputError.
+      values: the row has `values` too, {metric: [n]}: `Estimate.values` of the metrics that have
+        them, by which `verdicts` pairs arms. Arrays: take them out before the row becomes JSON.
 
     Returns, for every metric, its name and name_ci, [low, high] at 95 %; `delta_fid`, `damage`
     with theirs; `n_images`; `drift_curve` (timesteps, mean, low, high) where there are
@@ -74,7 +81,7 @@ def evaluate(
     number), arrays of different n, feature spaces of different D, or arms of different shape.
     Warns about constant images, and where the images are too few for the rank of FID's covariance.
     """
-    n = _check_images(images, x_0)
+    n = _check_images(images, x_0, latents=float_images is not None)
     features = _rows(features, "features", n)
     float_features = _rows(float_features, "float_features", n)
     train = frechet.target(reference.train_mean, reference.train_cov)
@@ -90,6 +97,7 @@ def evaluate(
         logits=_rows(logits, "logits", n),
         spatial=spatial,
         x_0=x_0,
+        **_pixels(images, float_images),
         trajectory=trajectory,
         float_features=None if own else float_features,
         float_x_0=None if own else float_x_0,
@@ -102,7 +110,7 @@ def evaluate(
         omitted=intervals.omissions(n, seed=seed) if n > 2 else None,
     )
     found = measure(given, metrics)
-    row: dict[str, Any] = _flat(found)
+    row: dict[str, Any] = _flat(found, values)
     fid = found.get("fid", Estimate())
     row |= _difference(fid, given, float_features)
     row |= _damage_numbers(fid, n, reference, train, ceiling_features)
@@ -114,11 +122,23 @@ def evaluate(
     return row
 
 
-def paired_numbers(x_0, float_x_0) -> dict[str, Any]:
-    """x0 MSE, PSNR and SSIM with intervals against float's x_0 on the same seeds; None for it."""
+def _pixels(images, float_images) -> dict[str, Any]:
+    if float_images is None:
+        return {}
+    return {"pixels": from_uint8(images), "float_pixels": from_uint8(float_images)}
+
+
+def paired_numbers(
+    x_0, float_x_0, *, images=None, float_images=None, values: bool = False
+) -> dict[str, Any]:
+    """x0 MSE, PSNR and SSIM with intervals against float's x_0 on the same seeds; None for it.
+
+    `images`, `float_images`, `values` as `evaluate` has them.
+    """
     if float_x_0 is None or float_x_0 is x_0:
-        return _flat(dict.fromkeys(_PAIRED, Estimate()))
-    return _flat(measure(Given(x_0=x_0, float_x_0=float_x_0), _PAIRED))
+        return _flat(dict.fromkeys(_PAIRED, Estimate()), values)
+    given = Given(x_0=x_0, float_x_0=float_x_0, **_pixels(images, float_images))
+    return _flat(measure(given, _PAIRED), values)
 
 
 def _floor_and_ceiling(n, reference, train, ceiling_features) -> tuple[float, float] | None:
@@ -178,14 +198,17 @@ def _difference(fid: Estimate, given: Given, float_features) -> dict[str, Any]:
     return numbers
 
 
-def _flat(found: dict[str, Estimate]) -> dict[str, Any]:
-    row = {}
+def _flat(found: dict[str, Estimate], values: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {}
     for name, estimate in found.items():
         row[name], row[f"{name}_ci"] = estimate.value, estimate.ends
+    if values:
+        kept = {name: estimate.values for name, estimate in found.items()}
+        row["values"] = {name: rows for name, rows in kept.items() if rows is not None}
     return row
 
 
-def _check_images(images, x_0) -> int:
+def _check_images(images, x_0, *, latents: bool) -> int:
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4:
         raise InputError(
@@ -194,7 +217,7 @@ def _check_images(images, x_0) -> int:
     n = len(images)
     if n < 2:
         raise InputError(f"got {n} images, expected at least 2: raise the number of images")
-    if x_0 is not None and np.shape(x_0) != images.shape:
+    if x_0 is not None and not latents and np.shape(x_0) != images.shape:
         raise InputError(f"got x_0 of shape {np.shape(x_0)} for images {images.shape}: not one arm")
     bad = 0 if x_0 is None else int(np.count_nonzero(~np.isfinite(x_0).all(axis=(1, 2, 3))))
     if bad:

@@ -1,7 +1,8 @@
 """The small classifier whose trained weights are embedded: a feature space of its own."""
 
 import flax.linen as nn
-import jax.numpy as jnp
+
+from mpqdiff.images import from_uint8
 
 
 class ImageClassifier(nn.Module):
@@ -20,7 +21,7 @@ class ImageClassifier(nn.Module):
     @nn.compact
     def __call__(self, images):
         """`images` uint8 [n,H,W,C] -> (features float32 [n,D], logits float32 [n,classes])."""
-        x = images.astype(jnp.float32) / 127.5 - 1.0
+        x = from_uint8(images)
         for width, window, pool in self.convolutions:
             x = nn.Conv(width, (window, window), use_bias=False, precision="highest")(x)
             n, height, breadth, _ = x.shape

@@ -1,7 +1,8 @@
 """Which of two arms is better: in words, with a tie where the difference is inside the noise."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mpqdiff.evaluate.paired import paired_difference
 
 # Numbers derived from a metric, with the same direction.
 _DERIVED = {"delta_fid": "fid", "damage": "fid"}
+_OPPOSITE = {"better": "worse", "worse": "better", "tie": "tie"}
 
 
 def verdict(
@@ -59,6 +61,28 @@ def verdict(
 def tie(a: Mapping[str, Any], b: Mapping[str, Any], *, key: str = "x0_mse") -> bool:
     """Whether the difference of two rows' `key` is inside the noise at 95 % (`verdict`)."""
     return verdict(a, b, key) == "tie"
+
+
+def verdicts(
+    names: Sequence[str], rows: Sequence[Mapping[str, Any]], values: Sequence[Mapping[str, Any]]
+) -> list[dict[str, dict[str, str]]]:
+    """For each of `rows`, {metric: {name of another row: `verdict` of this one against it}}.
+
+    `values` has each row's values per image by metric (`Estimate.values`), on the same seeds in
+    one order: a metric that both rows have there is decided by the paired test, one of which both
+    have an interval by the intervals; the others are left out. Raises InputError as `verdict`.
+    """
+    found: list[dict[str, dict[str, str]]] = [{} for _ in rows]
+    for i, j in combinations(range(len(rows)), 2):
+        for key in METRICS:
+            paired = key in values[i] and key in values[j]
+            if not paired and not (rows[i].get(f"{key}_ci") and rows[j].get(f"{key}_ci")):
+                continue
+            sharp = (values[i][key], values[j][key]) if paired else None
+            word = verdict(rows[i], rows[j], key, values=sharp)
+            found[i].setdefault(key, {})[names[j]] = word
+            found[j].setdefault(key, {})[names[i]] = _OPPOSITE[word]
+    return found
 
 
 def on_shared_seeds(

@@ -34,9 +34,11 @@ class Given(NamedTuple):
     logits: Any = None  # [n,classes]
     spatial: Any = None  # [n,S], the spatial features of sFID, flat
     x_0: Any = None  # [n,H,W,C]
+    pixels: Any = None  # [n,H,W,C] in [-1, 1] where x_0 are latents: what PSNR and SSIM see
     trajectory: Any = None  # [S,n,...]
     float_features: Any = None
     float_x_0: Any = None
+    float_pixels: Any = None
     float_trajectory: Any = None
     image_embeddings: Any = None  # [n,E]
     text_embeddings: Any = None
@@ -110,11 +112,11 @@ def _frechet(features, target: frechet.Target, omitted, name: str) -> Estimate:
     features = np.asarray(features)
     n, dimensions = features.shape
     whole, terms = frechet.terms(features, target, omitted)
-    if whole.rank < target.rank:
+    if whole.rank < target.rank or n <= dimensions:  # the reference too may be of too few
         warnings.warn(
             f"{name}: the covariance of {n} images has rank {whole.rank} of {target.rank} in "
             f"{dimensions} dimensions: the value says little; raise the number of images above "
-            f"{target.rank}, or read KID and the paired error",
+            f"{dimensions}, or read KID and the paired error",
             stacklevel=4,
         )
     ends = frechet.ends(whole.value, terms, features, omitted)
@@ -184,15 +186,23 @@ def _mean(values) -> Estimate:
     return Estimate(interval.value, interval.ends, np.asarray(values))
 
 
+def _seen(given: Given) -> tuple[Any, Any]:
+    """The images of both arms, as PSNR and SSIM compare them."""
+    if given.pixels is None:
+        return given.x_0, given.float_x_0
+    return given.pixels, given.float_pixels
+
+
 def _psnr(given: Given) -> Estimate:
-    ratios = paired.psnrs(given.x_0, given.float_x_0)
+    ratios = paired.psnrs(*_seen(given))
     return _mean(ratios) if np.isfinite(ratios).all() else Estimate()
 
 
 def _ssim(given: Given) -> Estimate:
-    if min(np.shape(given.x_0)[1:3]) < paired.SSIM_WINDOW:
+    own, others = _seen(given)
+    if min(np.shape(own)[1:3]) < paired.SSIM_WINDOW:
         return Estimate()
-    return _mean(paired.ssims(given.x_0, given.float_x_0))
+    return _mean(paired.ssims(own, others))
 
 
 def _x0_mse(given: Given) -> Estimate:

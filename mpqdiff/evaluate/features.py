@@ -152,7 +152,8 @@ def _apply_inception(params, images, *, convention: str) -> Features:
 def _load_inception(name: str, weights: str | Path | None) -> FeatureNetwork:
     if not weights:
         raise InputError(
-            f"feature network {name!r} has no weights here and downloads none; give the path of "
+            f"feature network {name!r} ships no weights and downloads none; name "
+            "(--features.weights=FILE, config.evaluate.weights) "
             "pt_inception-2015-12-05-6726825d.pth (pytorch-fid's name) or "
             "weights-inception-2015-12-05-6726825d.pth (torch-fidelity's), or of its conversion"
         )

@@ -61,7 +61,7 @@ def open_images(path: str | Path, *, channels: int | None = None) -> ImageSet:
     if path.is_dir():
         return _open_folder(path, channels)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder; expected images there")
     if path.suffix not in (".npz", ".npy"):
         raise InputError(f"{path}: expected a folder of images, an .npz or an .npy")
     return _open_array(path, channels)
@@ -132,7 +132,7 @@ def _files(folder: Path) -> list[Path]:
 def _open_folder(folder: Path, channels: int | None) -> ImageSet:
     files = _files(folder)
     if not files:
-        raise InputError(f"{folder}: holds no image, expected files named {', '.join(SUFFIXES)}")
+        raise InputError(f"{folder}: holds no image; expected files named {', '.join(SUFFIXES)}")
     shape = read_image(files[0], channels=channels).shape
     assert len(shape) == 3
     read = partial(_of_shape, shape=shape, first=files[0], channels=channels)
@@ -230,7 +230,10 @@ def _with_channels(images: np.ndarray, channels: int | None, path: Path) -> np.n
         return np.repeat(images, 3, -1)
     if channels == 1 and images.shape[-1] == 3:
         if (images != images[..., :1]).any():
-            raise InputError(f"{path}: has colours, expected grey images")
+            raise InputError(
+                f"{path}: has colours, expected grey images: make them grey, or name a feature "
+                "network that takes colours"
+            )
         return images[..., :1]
     return images
 

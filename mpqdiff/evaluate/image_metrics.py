@@ -17,12 +17,16 @@ from mpqdiff.artifacts import load_arrays, save_arrays
 from mpqdiff.errors import InputError
 from mpqdiff.evaluate import features as networks
 from mpqdiff.evaluate import frechet, intervals, statistics
-from mpqdiff.evaluate.evaluator import Given, measure
+from mpqdiff.evaluate.evaluator import Estimate, Given, measure
 from mpqdiff.evaluate.features import FeatureNetwork, Features
 from mpqdiff.evaluate.image_folder import ARRAY, ImageSet, open_images
-from mpqdiff.evaluate.protocol import INDICATIVE_BELOW, leading
+from mpqdiff.evaluate.protocol import INDICATIVE_BELOW, fid_name, leading
 
-METRICS = ("fid", "sfid", "kid", "is", "precision", "recall")
+METRICS = ("fid", "fid_infinity", "sfid", "kid", "is", "precision", "recall")
+# How a table names them; `{fid}` is the protocol's name, and marks what few images spoil.
+SHOWN = {name: name for name in METRICS} | {
+    "fid": "{fid}", "fid_infinity": "{fid}, infinitely many", "sfid": "s{fid}",
+}  # fmt: skip
 
 
 def evaluate_images(
@@ -33,6 +37,7 @@ def evaluate_images(
     weights: str = "",
     out: str | Path | None = None,
     seed: int = 0,
+    fid_infinity: bool = False,
 ) -> dict[str, Any]:
     """The row of set metrics of the images in `images`, with its protocol.
 
@@ -43,14 +48,15 @@ def evaluate_images(
       features, weights: the feature network and the file of its weights, "" where they ship.
       out: an .npz to write mu and sigma of `images` to, which can be a reference later.
       seed: of the jackknife's subsamples.
+      fid_infinity: extrapolate FID to infinitely many images too; None where not asked for.
 
     Returns METRICS, each with name_ci, [low, high] at 95 %; `n_images`; `protocol`. Against
     statistics alone, KID, precision and recall are None.
 
     Raises InputError on images that `image_folder` refuses or of another size than the network
     takes, fewer than 2 of them, a reference that cannot be read or is of other features, and with
-    neither a reference nor `out`. Warns about constant images, and where the images are too few
-    for the rank of FID's covariance.
+    neither a reference nor `out`; with `fid_infinity`, on fewer than 8 D images. Warns about
+    constant images, and where the images are too few for the rank of FID's covariance.
     """
     if not reference and out is None:
         raise InputError(
@@ -73,13 +79,16 @@ def evaluate_images(
         features=own.features, logits=own.logits, spatial=spatial, omitted=omitted
     )
     estimates, row = measure(given), {}
+    estimates |= measure(given, ["fid_infinity"] if fid_infinity else [])
     for name in METRICS:
-        row[name], row[f"{name}_ci"] = estimates[name].value, estimates[name].ends
+        estimate = estimates.get(name, Estimate())
+        row[name], row[f"{name}_ci"] = estimate.value, estimate.ends
     row["n_images"] = found.count
     row["protocol"] = {
         "feature_space": network.name,
         "feature_hash": network.hash,
         "is_fid": network.is_fid,
+        "fid_name": fid_name(network.name, network.is_fid),
         **described,
         "images": str(images),
         "n_images": found.count,
@@ -93,24 +102,27 @@ def evaluate_images(
 def table(row: dict[str, Any]) -> str:
     """What `evaluate_images` found, for people: leading numbers first, then what they mean."""
     protocol = row["protocol"]
+    names = {name: SHOWN[name].format(fid=protocol["fid_name"]) for name in protocol["leading"]}
+    found = [name for name in names if row[name] is not None]
+    width = max((len(names[name]) for name in found), default=0)
     lines = []
-    for name in protocol["leading"]:
-        if row[name] is None:
-            continue
+    for name in found:
         ends = row[f"{name}_ci"]
         interval = f"  ({ends[0]:.6g} to {ends[1]:.6g})" if ends else ""
-        note = "  indicative only" if name == "fid" and protocol["indicative"] else ""
-        lines.append(f"{name:<10} {row[name]:.6g}{interval}{note}")
+        few = protocol["indicative"] and SHOWN[name] != name
+        note = "  indicative only" if few else ""
+        lines.append(f"{names[name]:<{width}}  {row[name]:.6g}{interval}{note}")
     size = "x".join(map(str, protocol["image_size"]))
     lines.append(f"of {row['n_images']} images {size} in {protocol['images']}")
     if protocol["reference"]:
         count = protocol["reference_count"]
         lines.append(f"against {protocol['reference']} ({count or 'an unknown number of'} images)")
     if not protocol["is_fid"]:
-        lines.append("fid is the Frechet distance of these features, not the published FID")
+        lines.append("a Frechet distance of these features is not the published FID")
     lines.append(
-        f"features {protocol['feature_space']} ({protocol['feature_hash'][:16]}); 95 % intervals; "
-        "comparable only in the same features, against the same reference, at the same number"
+        f"features {protocol['feature_space']} ({protocol['feature_hash'][:16]}); 95 % intervals "
+        "over the images, reference held fixed; comparable only in the same features, against the "
+        "same reference, at the same number"
     )
     return "\n".join(lines)
 
@@ -217,14 +229,8 @@ def _of_images(path: Path, network: FeatureNetwork) -> statistics.Reference:
 def _stored(
     path: Path, network: FeatureNetwork, shape: tuple[int, int, int]
 ) -> statistics.Reference:
-    stored = load_arrays(path).get("network")
-    if stored is not None and str(stored) != network.hash:
-        raise InputError(
-            f"{path}: statistics of features of hash {str(stored)[:16]}, the network at hand is "
-            f"{network.name} of hash {network.hash[:16]}: make them again with this one"
-        )
     outputs = jax.eval_shape(network.apply, jax.ShapeDtypeStruct((1, *shape), np.uint8))
-    return statistics.load(path, dimensions=outputs.features.shape[-1])
+    return statistics.load(path, dimensions=outputs.features.shape[-1], network=network)
 
 
 def _holds_statistics(path: Path) -> bool:

@@ -18,6 +18,7 @@ Intervals hold for the fixed reference set: they answer "would other seeds of th
 the number", not "would another reference set".
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ def normal_interval(value: float, standard_error: float) -> Interval:
     return Interval(float(value), float(value) - half, float(value) + half)
 
 
+@lru_cache(maxsize=64)
 def t_quantile(dof: int, level: float = 0.95) -> float:
     """Two-sided quantile q of Student's t: P(|t| < q) = level, for `dof` >= 1.
 

@@ -86,26 +86,34 @@ def _two_sets(features, reference) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _kernel(x, y):
-    base = x @ y.T / x.shape[1] + 1.0
-    return base * base * base  # numpy's float power takes far longer
+def _kernel_sums(x, y) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of k(x_i, y_j) over j, [n], and over i, [m], for float64 rows; y may be x itself."""
+    base = x @ y.T  # where y is x, numpy takes the symmetric product, half the work
+    base *= 1.0 / x.shape[1]
+    base += 1.0
+    square = base * base  # numpy's float power takes far longer
+    return np.einsum("ij,ij->i", square, base), np.einsum("ij,ij->j", square, base)
 
 
 def _row_sums(x, y, chunk: int) -> np.ndarray:
-    """sum_j k(x_i, y_j), [n]; only one tile of rows is held in float64."""
+    """sum_j k(x_i, y_j), [n]; only two tiles of rows are held in float64."""
     sums = np.zeros(len(x))
     for i in range(0, len(x), chunk):
         rows = x[i : i + chunk].astype(np.float64)
         for j in range(0, len(y), chunk):
-            tile = _kernel(rows, y[j : j + chunk].astype(np.float64))
-            sums[i : i + chunk] += tile.sum(axis=1)
+            sums[i : i + chunk] += _kernel_sums(rows, y[j : j + chunk].astype(np.float64))[0]
     return sums
 
 
 def _within_sums(x, chunk: int) -> np.ndarray:
-    """sum_{j != i} k(x_i, x_j), [n]."""
-    sums = _row_sums(x, x, chunk)
+    """sum_{j != i} k(x_i, x_j), [n]; each tile off the diagonal serves its mirror image too."""
+    sums = np.zeros(len(x))
     for i in range(0, len(x), chunk):
         rows = x[i : i + chunk].astype(np.float64)
+        sums[i : i + chunk] += _kernel_sums(rows, rows)[0]
         sums[i : i + chunk] -= (np.sum(rows * rows, axis=1) / x.shape[1] + 1.0) ** 3
+        for j in range(i + chunk, len(x), chunk):
+            across, back = _kernel_sums(rows, x[j : j + chunk].astype(np.float64))
+            sums[i : i + chunk] += across
+            sums[j : j + chunk] += back
     return sums

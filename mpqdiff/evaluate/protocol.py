@@ -12,7 +12,8 @@ from mpqdiff.errors import InputError
 INDICATIVE_BELOW = 2000  # images; fewer give a set metric whose bias and noise are both large
 
 _REFERENCE = "features {feature_space} ({feature_hash}), against {reference} (n={reference_count})"
-_FRECHET = "Frechet distance, " + _REFERENCE + ", 95 % jackknife"
+_FIXED = " over the images, reference held fixed"
+_FRECHET = "{fid_name}, Frechet distance, " + _REFERENCE + ", 95 % jackknife" + _FIXED
 _FLOAT = "against the float arm on the same seeds, 95 % t interval over images"
 
 OFFER = (
@@ -23,18 +24,22 @@ OFFER = (
 # The metrics of sets of images are noisy and (but for KID) biased at few images.
 SET_METRICS = {
     "fid": _FRECHET,
-    "fid_infinity": "FID extrapolated to infinitely many images, "
+    "fid_infinity": "{fid_name} extrapolated to infinitely many images, "
     + _REFERENCE
-    + ", 95 % jackknife",
-    "sfid": "Frechet distance of spatial features, " + _REFERENCE + ", 95 % jackknife",
-    "delta_fid": _FRECHET + " on common subsamples, minus the float arm's",
-    "damage": "(FID - floor) / (ceiling - floor), floor: n test images, ceiling: float model at "
-    "{ceiling_steps} steps, " + _REFERENCE,
-    "kid": "unbiased cubic-kernel MMD^2, " + _REFERENCE + ", 95 % delete-one jackknife",
+    + ", 95 % jackknife"
+    + _FIXED,
+    "sfid": "Frechet distance of spatial features, " + _REFERENCE + ", 95 % jackknife" + _FIXED,
+    "delta_fid": _FRECHET + ", on common subsamples, minus the float arm's",
+    "damage": "({fid_name} - floor) / (ceiling - floor), floor: n test images, ceiling: float "
+    "model at {ceiling_steps} steps, " + _REFERENCE + "; floor and ceiling held fixed too",
+    "kid": "unbiased cubic-kernel MMD^2, " + _REFERENCE + ", 95 % delete-one jackknife" + _FIXED,
     "is": "inception score, 1 split, logits of {feature_space} ({feature_hash}), 95 % delete-20 % "
     "jackknife",
-    "precision": "k-NN precision, k=3, " + _REFERENCE + ", n of them, 95 % score interval",
-    "recall": "k-NN recall, k=3, " + _REFERENCE + ", n of them, 95 % delete-20 % jackknife",
+    "precision": "k-NN precision, k=3, " + _REFERENCE + ", n of them, 95 % score interval" + _FIXED,
+    "recall": "k-NN recall, k=3, "
+    + _REFERENCE
+    + ", n of them, 95 % delete-20 % jackknife"
+    + _FIXED,
 }
 PAIRED_METRICS = {
     "psnr": "mean PSNR of x_0 in [-1, 1], " + _FLOAT,
@@ -52,7 +57,7 @@ LEADING = (
     "is",
 )  # fmt: skip
 # Follow from the other fields, or name the run, so they are not compared.
-_NOT_COMPARED = ("indicative", "leading", "numbers", "name", "publish")
+_NOT_COMPARED = ("indicative", "leading", "numbers", "name", "publish", "is_fid", "fid_name")
 # May differ where both arms are cut to their common images.
 _CUT = ("n_images", "seeds")
 
@@ -69,12 +74,14 @@ def protocol(
     image_size: Sequence[int],
     sampler: str = "",
     ceiling_steps: int = 2,
+    is_fid: bool = False,
 ) -> dict:
     """The protocol of a results file, JSON types only; `numbers` has one line per metric.
 
     `image_size` is (H, W, C); `guidance` the classifier-free scale (1 or 0: as the sampler
     defines "none"); `sampler` names it with its settings; `indicative` is True below 2000 images;
-    `leading` lists the metrics in the order of `leading`.
+    `leading` lists the metrics in the order of `leading`. `is_fid` is the feature network's own;
+    `fid_name` what its Frechet distance is called.
     Raises InputError on non-positive counts or sizes, no seed, or an empty name.
     """
     fields = {
@@ -93,12 +100,18 @@ def protocol(
     if empty or min(counts) < 1 or len(fields["image_size"]) != 3:
         raise InputError(f"unusable protocol {fields}: expected names, counts >= 1 and (H, W, C)")
     fields["sampler"] = sampler
+    fields["is_fid"], fields["fid_name"] = bool(is_fid), fid_name(feature_space, is_fid)
     fields["indicative"] = fields["n_images"] < INDICATIVE_BELOW
     fields["leading"] = list(leading(fields["n_images"]))
     fields["numbers"] = {
         metric: describe(fields, metric) for metric in {**SET_METRICS, **PAIRED_METRICS}
     }
     return fields
+
+
+def fid_name(feature_space: str, is_fid: bool) -> str:
+    """What a Frechet distance is called: the word FID alone is for the public Inception weights."""
+    return "FID" if is_fid else f"FID ({feature_space} features)"
 
 
 def leading(n_images: int) -> tuple[str, ...]:

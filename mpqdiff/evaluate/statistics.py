@@ -130,11 +130,12 @@ def save(path, features: Moments, *, spatial: Moments | None = None) -> None:
     save_arrays(Path(path), arrays)
 
 
-def load(path, *, dimensions: int | None = None) -> Reference:
+def load(path, *, dimensions: int | None = None, network: Any = None) -> Reference:
     """Statistics in the .npz `path`, ours or another FID tool's; `dimensions` is the D expected.
 
     Raises InputError on a file that is missing, cut short or without `mu` and `sigma`, on shapes
-    that do not fit, NaN, an asymmetric covariance, or another D.
+    that do not fit, NaN, an asymmetric covariance, another D, or where the file tells the hash of
+    the feature network and it is not that of `network`.
     """
     try:
         # Opened here: on a damaged file, np.load would leave it open.
@@ -142,12 +143,18 @@ def load(path, *, dimensions: int | None = None) -> Reference:
             names = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in stored.files]
             arrays = {name: np.asarray(stored[name], np.float64) for name in names}
             count = int(stored["count"]) if "count" in stored.files else None
+            made = str(stored["network"]) if "network" in stored.files else None
             mean, cov = arrays["mu"], arrays["sigma"]
     except _UNREADABLE as error:
         raise InputError(
             f"{path}: not a complete .npz with mu [D] and sigma [D,D]: {error}; expected the "
             "statistics file of an FID tool"
         ) from error
+    if network is not None and made not in (None, network.hash):
+        raise InputError(
+            f"{path}: statistics of features of hash {str(made)[:16]}, the network at hand is "
+            f"{network.name} of hash {network.hash[:16]}: make them again with this one"
+        )
     spatial = arrays.get("mu_s"), arrays.get("sigma_s")
     check_gaussian(mean, cov, f"{path}: mu and sigma")
     if spatial[0] is not None and spatial[1] is not None:

@@ -15,7 +15,8 @@ import numpy as np
 from markupsafe import Markup
 
 from mpqdiff.errors import InputError
-from mpqdiff.report import figures, front, tables
+from mpqdiff.evaluate.efficiency import bitops_text
+from mpqdiff.report import columns, drift, figures, front, numbers, tables, verdicts
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def write_pareto(path, pareto: dict, results: dict | None = None) -> None:
     The arms of `results.json`, where given, are drawn with it. Raises InputError where the front
     has no feasible point, `pareto` is no front, or the path cannot be written.
     """
-    pareto = tables.finite(pareto)
-    arms = tables.finite(results or {}).get("arms") or []
+    pareto = numbers.finite(pareto)
+    arms = numbers.finite(results or {}).get("arms") or []
     figure = front.pareto(pareto, arms, None)
     if figure is None:
         raise InputError(
@@ -112,11 +113,11 @@ def page(name: str, values: dict) -> str:
     shared = {
         "plotly_js": Markup(get_plotlyjs()),
         "embed": embed,
-        "shown": tables.shown,
-        "whole": tables.whole,
-        "amount": tables.amount,
-        "small": tables.small,
-        "prefixed": tables.prefixed,
+        "shown": numbers.shown,
+        "whole": numbers.whole,
+        "amount": numbers.amount,
+        "small": numbers.small,
+        "prefixed": numbers.prefixed,
     }
     return environment.get_template(name).render(shared | values)
 
@@ -124,25 +125,31 @@ def page(name: str, values: dict) -> str:
 def render(data: ReportData) -> str:
     """The page as text. Raises InputError where the data do not fit together."""
     lost: list[str] = []
-    results, plan = tables.finite(data.results, lost), tables.finite(data.plan, lost)
-    plans = {name: tables.finite(other) for name, other in data.plans.items()}
+    results, plan = numbers.finite(data.results, lost), numbers.finite(data.plan, lost)
+    plans = {name: numbers.finite(other) for name, other in data.plans.items()}
     validate(data, results, {"the plan": plan, **plans})
     arms, chosen = results["arms"], chosen_arm(results["arms"], plan, data.arm)
-    sites, remainder = tables.finite(data.sites), tables.finite(data.remainder)
-    reasons = tables.finite(data.explain or [])
+    sites, remainder = numbers.finite(data.sites), numbers.finite(data.remainder)
+    reasons = numbers.finite(data.explain or [])
+    shown = {"quality": columns.quality(results), "speed": columns.SPEED,
+             "further": columns.present(columns.FURTHER, results),
+             "bitops": columns.present(columns.BITOPS, results)}  # fmt: skip
+    arm_tables = {name: (found, tables.cells(arms, found)) for name, found in shown.items()}
+    own = [cell for name in ("quality", "speed")
+           for cell in arm_tables[name][1][arms.index(chosen)]]  # fmt: skip
+    terms = chosen.get("bitops_terms")
     values = {
         "results": results,
         "plan": plan,
         "arms": arms,
         "chosen": chosen,
-        "headline": dict(zip((column.key for column in HEADLINE),
-                             tables.cells(arms, HEADLINE)[arms.index(chosen)], strict=True)),
-        "rival": tables.rival(arms, chosen),
-        "float_fid": tables.shown(arms[0].get("fid"), tables.short),
-        "arm_tables": {name: (columns, tables.cells(arms, columns)) for name, columns in
-                       (("quality", tables.QUALITY), ("speed", tables.SPEED),
-                        ("further", tables.FURTHER))},
-        "figures": {figure.name: figure for figure in drawn(data, arms, chosen, plan, plans)},
+        "headline": {cell.number.key: cell for cell in own},
+        "rival": verdicts.rival(arms, chosen),
+        "fid_name": columns.fid_name(results),
+        "float_fid": numbers.shown(arms[0].get("fid"), numbers.short),
+        "arm_tables": arm_tables,
+        "bitops": bitops_text(terms).splitlines() if terms else None,
+        "figures": {figure.name: figure for figure in drawn(data, results, chosen, plan, plans)},
         "strips": {name: (*figures.strip(value), len(value))
                    for name, value in data.images.items()},
         "rows": tables.site_rows(sites, plan),
@@ -151,22 +158,21 @@ def render(data: ReportData) -> str:
         "prices": tables.prices(reasons),
         "share": tables.integer_share(sites, remainder, plan),
         "remainder": sorted(remainder, key=lambda op: -(op.get("macs") or 0)),
-        "environment": tables.finite(data.environment),
-        "stages": tables.finite(data.stages),
+        "environment": numbers.finite(data.environment),
+        "stages": numbers.finite(data.stages),
         "command": data.command,
         "lost": lost,
     }  # fmt: skip
     return page("page.html.jinja", values)
 
 
-HEADLINE = tables.QUALITY + tables.SPEED
-
-
-def drawn(data: ReportData, arms, chosen, plan, plans) -> list[figures.Figure]:
+def drawn(data: ReportData, results, chosen, plan, plans) -> list[figures.Figure]:
     """The figures that the data have something for."""
     others = {name: other for name, other in plans.items() if name != chosen["arm"]}
+    arms = results["arms"]
     found = [
-        figures.quality(arms, chosen),
+        figures.quality(results, chosen),
+        drift.drift(arms, chosen),
         figures.bits(data.sites, {chosen["arm"]: plan, **others}),
         figures.importance(np.asarray(data.importance, np.float64), data.timesteps,
                            data.site_paths, data.score_name),
@@ -174,13 +180,13 @@ def drawn(data: ReportData, arms, chosen, plan, plans) -> list[figures.Figure]:
     if data.matrix is not None:
         found.append(figures.orthogonality(np.asarray(data.matrix), data.site_paths))
     if data.pareto:
-        found.append(front.pareto(tables.finite(data.pareto), arms, chosen))
+        found.append(front.pareto(numbers.finite(data.pareto), arms, chosen))
     return [figure for figure in found if figure is not None]
 
 
 def embed(value) -> Markup:
     """`value` as JSON that cannot end the script element it stands in."""
-    text = json.dumps(tables.finite(value), allow_nan=False)
+    text = json.dumps(numbers.finite(value), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 

@@ -15,17 +15,19 @@ import numpy as np
 from PIL import Image
 
 from mpqdiff.errors import InputError
-from mpqdiff.report.tables import mean_bits, shown
+from mpqdiff.report.columns import fid_name, leading
+from mpqdiff.report.numbers import shown
+from mpqdiff.report.tables import mean_bits
 
 INK, MUTED, ACCENT, GRID = "#1c2430", "#5b6675", "#1f5f99", "#e3e7ec"
 PALETTE = (ACCENT, "#c2571a", "#2e7d4f", "#7a4fa3", "#a3324b", "#6b6f1d", "#157a83", "#8a5a2b")
 SYMBOLS = {"integer": "circle", "simulated": "circle-open", "float": "square"}
 SEQUENTIAL = [[0.0, "#f4f7fb"], [0.35, "#a9c6e3"], [0.7, "#3f7fbf"], [1.0, "#0b2c54"]]
 METRICS = (
-    ("psnr", "psnr_ci", "Paired PSNR, dB (higher is better)"),
-    ("x0_mse", None, "Paired x0 MSE (lower is better)"),
-    ("kid", "kid_ci", "KID (lower is better)"),
-    ("fid", "fid_ci", "FID (lower is better)"),
+    ("x0_mse", "x0_mse_ci", "Paired x0 MSE, lower is better"),
+    ("psnr", "psnr_ci", "Paired PSNR, dB, higher is better"),
+    ("kid", "kid_ci", "KID, lower is better"),
+    ("fid", "fid_ci", "{fid}, lower is better"),
 )
 
 
@@ -85,11 +87,13 @@ def tall(sites: int) -> int:
     return int(np.clip(110 + 19 * sites, 240, 1800))
 
 
-def quality(arms: list[dict], chosen: dict) -> Figure | None:
+def quality(results: dict, chosen: dict) -> Figure | None:
     """Each metric against device bytes, all arms; the float model is a line and its interval."""
+    arms, order, name = results["arms"], leading(results), fid_name(results)
     metrics = [m for m in METRICS if any(pair(arm, m[0]) for arm in arms[1:])]
     if not metrics:
         return None
+    metrics.sort(key=lambda metric: order.index(metric[0]))
     placed = [arm["bytes"] for arm in arms[1:] if any(pair(arm, m[0]) for m in metrics)]
     span = [0.97 * min(placed), 1.03 * max(placed)]
     data, shows = [], []
@@ -98,14 +102,15 @@ def quality(arms: list[dict], chosen: dict) -> Figure | None:
         data += float_line(arms[0], key, interval, span)
         data += [point(arm, key, interval, arms.index(arm), arm is chosen) for arm in points]
         shows += [key] * (len(data) - len(shows))
-    choices = [Choice(title, [show == key for show in shows], {"yaxis.title.text": title})
-               for key, _, title in metrics]  # fmt: skip
+    titles = [title.format(fid=name) for _, _, title in metrics]
+    choices = [Choice(title, [show == key for show in shows], {"yaxis.title.text": safe(title)})
+               for title, (key, _, _) in zip(titles, metrics, strict=True)]  # fmt: skip
     for trace, visible in zip(data, choices[0].visible, strict=True):
         trace["visible"] = visible
     looks = layout(
         460,
         xaxis={"title": {"text": "device bytes"}, "range": span},
-        yaxis={"title": {"text": metrics[0][2]}},
+        yaxis={"title": {"text": safe(titles[0])}},
     )
     caption = (
         "Every quantised arm that has the metric. Bars are the arms' own intervals; the dashed "

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from mpqdiff.errors import InputError
 from mpqdiff.report.figures import ACCENT, MUTED, Choice, Figure, layout, point
-from mpqdiff.report.tables import pick
+from mpqdiff.report.numbers import pick
 
 
 class Axis(NamedTuple):

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from mpqdiff.errors import InputError
-from mpqdiff.evaluate import frechet, on_shared_seeds, paired, tie, verdict
+from mpqdiff.evaluate import (
+    evaluate,
+    frechet,
+    on_shared_seeds,
+    paired,
+    statistics,
+    tie,
+    verdict,
+    verdicts,
+)
 from mpqdiff.evaluate.protocol import protocol
 
 
@@ -73,6 +82,53 @@ def test_paired_values_decide_between_fids_on_shared_seeds():
     values = tuple(one.value + one.influence for one in found)
     assert verdict(*rows, "fid") == "tie"
     assert verdict(*rows, "fid", values=values) == "better"
+
+
+def test_verdicts_of_all_pairs_by_the_sharpest_test_there_is():
+    """x0 errors decide by pairs; KID has intervals alone; c has no KID, float no x0 error."""
+    rng = np.random.default_rng(3)
+    difficulty = rng.exponential(1.0, 100)
+    errors = {"a": difficulty, "b": difficulty * 1.05, "c": difficulty * 1.05}
+    kids = {"float": 1.0, "a": 1.2, "b": 1.0}
+    names = ["float", "a", "b", "c"]
+    rows = [_from_values(errors[name]) if name in errors else {"n_images": 100} for name in names]
+    for name, row in zip(names, rows, strict=True):
+        row |= _row("kid", kids[name], 0.1, 100) if name in kids else {}
+    values = [{"x0_mse": errors[name]} if name in errors else {} for name in names]
+    found = dict(zip(names, verdicts(names, rows, values), strict=True))
+    assert found["float"] == {"kid": {"a": "better", "b": "tie"}}
+    assert found["a"] == {
+        "x0_mse": {"b": "better", "c": "better"}, "kid": {"float": "worse", "b": "worse"},
+    }  # fmt: skip
+    assert found["b"]["x0_mse"] == {"a": "worse", "c": "tie"}
+    assert found["c"] == {"x0_mse": {"a": "worse", "b": "tie"}}
+    unpaired = verdicts(names, rows, [{}] * 4)
+    assert unpaired[1]["x0_mse"] == {"b": "tie", "c": "tie"}
+
+
+def test_rows_offer_the_values_that_verdicts_pair():
+    """Two arms whose FIDs' intervals overlap, on shared seeds."""
+    rng = np.random.default_rng(4)
+    real = rng.normal(size=(2000, 6))
+    moments = statistics.moments(real)
+    reference = statistics.Reference(moments.mean, moments.cov, 2000, train_features=real)
+    x_0 = rng.uniform(-1, 1, (400, 12, 12, 1)).astype(np.float32)
+    images = rng.integers(0, 256, x_0.shape, np.uint8)
+    base = rng.normal(0.2, 1.1, (400, 6))
+    logits = rng.normal(size=(400, 3))
+    rows = [
+        evaluate(images=images, x_0=x_0 * scale, float_x_0=x_0, features=base * scale,
+                 float_features=base, logits=logits, reference=reference, values=True)
+        for scale in (0.98, 1.0 - 1e-3)
+    ]  # fmt: skip
+    values = [row.pop("values") for row in rows]
+    paired_metrics = {"psnr", "ssim", "perceptual", "x0_mse"}
+    assert all(set(kept) == paired_metrics | {"fid", "kid", "precision"} for kept in values)
+    for row, kept in zip(rows, values, strict=True):
+        for name, per_image in kept.items():
+            assert per_image.mean() == pytest.approx(row[name], rel=1e-9), name
+    assert verdict(rows[0], rows[1], "fid") == "tie"
+    assert verdicts(["a", "b"], rows, values)[0]["fid"] == {"b": "better"}
 
 
 def test_what_cannot_be_compared_is_refused():

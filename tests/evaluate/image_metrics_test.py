@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_evaluate(network, sets, name):
     assert (protocol["reference"], protocol["reference_count"]) == (str(sets / "real.npy"), 150)
     assert protocol["image_size"] == [28, 28, 1]
     assert protocol["indicative"] is True
-    assert set(protocol["leading"]) == {*METRICS, "sfid"}
+    assert set(protocol["leading"]) == {*METRICS, "sfid", "fid_infinity"}
     assert protocol["is_fid"] is False
     assert row["sfid"] is None
 
@@ -179,21 +179,39 @@ def test_constant_images_and_few_ones_are_pointed_out(sets, tmp_path):
         row = evaluate_images(tmp_path / "few.npy", sets / "real.npy")
     assert row["fid_ci"] is None
     assert row["precision"] is None
+    np.save(tmp_path / "real.npy", pictures(1, 20))  # no higher a rank than the images have
+    np.save(tmp_path / "few.npy", images[10:40])
+    with pytest.warns(UserWarning, match="covariance of 30 images has rank 19 of 19 in 64 dim"):
+        evaluate_images(tmp_path / "few.npy", tmp_path / "real.npy")
 
 
 def test_table(sets):
     row = evaluate_images(sets / "own", sets / "real.npy")
     lines = table(row).splitlines()
     shown = [name for name in row["protocol"]["leading"] if name != "sfid"]
+    shown = ["FID" if name == "fid" else name for name in shown if name != "fid_infinity"]
     assert [line.split()[0] for line in lines[:5]] == shown
-    assert "fid is the Frechet distance of these features, not the published FID" in lines
+    assert "a Frechet distance of these features is not the published FID" in lines
     low, high = row["kid_ci"]
-    assert f"kid        {row['kid']:.6g}  ({low:.6g} to {high:.6g})" in lines
+    name = "FID (fashion_classifier features)"
+    assert f"{'kid':<{len(name)}}  {row['kid']:.6g}  ({low:.6g} to {high:.6g})" in lines
     assert [line for line in lines if "indicative only" in line] == [
-        line for line in lines if line.startswith("fid  ")
+        line for line in lines if line.startswith(f"{name}  ")
     ]
+    assert row["protocol"]["fid_name"] == name
     assert f"of 96 images 28x28x1 in {sets / 'own'}" in lines
     assert f"against {sets / 'real.npy'} (150 images)" in lines
+
+
+def test_fid_infinity_is_an_option(sets, monkeypatch):
+    """The spatial network has 3 features: 8 times as many images do."""
+    assert evaluate_images(sets / "own", sets / "real.npy")["fid_infinity"] is None
+    with pytest.raises(InputError, match=r"got 96 images in 64 dimensions .* 512 images"):
+        evaluate_images(sets / "own", sets / "real.npy", fid_infinity=True)
+    monkeypatch.setattr(features, "load", lambda name, *, weights=None: SPATIAL)
+    row = evaluate_images(sets / "own", sets / "real.npy", fid_infinity=True)
+    assert row["fid_infinity_ci"][0] < row["fid_infinity"] < row["fid_infinity_ci"][1]
+    assert f"FID, infinitely many  {row['fid_infinity']:.6g}" in table(row)
 
 
 def test_spatial_features_of_a_network_of_any_size(monkeypatch, tmp_path):
@@ -226,6 +244,7 @@ def test_spatial_features_of_a_network_of_any_size(monkeypatch, tmp_path):
         assert row[metric] == pytest.approx(wanted[metric], rel=1e-4), metric
     assert row["sfid_ci"][0] < row["sfid"] < row["sfid_ci"][1]
     assert "not the published FID" not in table(row)
+    assert {"FID  ", "sFID "} <= {line[:5] for line in table(row).splitlines()}
     evaluate_images(tmp_path / "real.npy", out=tmp_path / "real.npz")
     stored = evaluate_images(tmp_path / "own.npy", tmp_path / "real.npz")
     assert stored["sfid"] == pytest.approx(row["sfid"], rel=1e-9)

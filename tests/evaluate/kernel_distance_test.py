@@ -46,6 +46,28 @@ def test_standard_error_matches_the_scatter_over_draws():
     assert 0.85 < np.mean([draw.standard_error or 0.0 for draw in draws]) / scatter < 1.3
 
 
+def test_the_interval_holds_for_the_reference_as_it_is():
+    """With a fresh reference each time the values scatter more than the standard error says."""
+    rng = np.random.default_rng(3)
+    fixed = rng.normal(0.5, 1.0, (80, 8))
+    draws = {
+        fresh: [
+            kernel_distance(
+                rng.normal(size=(80, 8)), rng.normal(0.5, 1.0, (80, 8)) if fresh else fixed
+            )
+            for _ in range(150)
+        ]
+        for fresh in (False, True)
+    }
+    ratio = {
+        fresh: np.std([one.value for one in found])
+        / np.mean([one.standard_error or 0.0 for one in found])
+        for fresh, found in draws.items()
+    }
+    assert 0.8 < ratio[False] < 1.15
+    assert ratio[True] > 1.4
+
+
 def test_unbiased_at_equal_distributions_for_small_sets():
     rng = np.random.default_rng(4)
     values = [

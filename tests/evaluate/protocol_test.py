@@ -32,6 +32,23 @@ def test_the_kinds_of_metrics_are_those_of_the_dict():
         assert (name in protocol.PAIRED_METRICS) == (metric.kind == "paired"), name
 
 
+@pytest.mark.parametrize("is_fid", [True, False])
+def test_fid_alone_is_the_name_for_the_public_weights_alone(is_fid):
+    fields = _protocol(is_fid=is_fid)
+    assert fields["is_fid"] is is_fid
+    name = "FID" if is_fid else "FID (fashion_classifier features)"
+    assert fields["fid_name"] == name
+    for metric, line in fields["numbers"].items():
+        assert line.count("FID") == line.count(name), metric
+    assert all(name in fields["numbers"][m] for m in ("fid", "delta_fid", "damage"))
+
+
+def test_every_set_metric_but_is_says_that_the_reference_is_held_fixed():
+    for metric, line in _protocol()["numbers"].items():
+        held = METRICS.get(metric, METRICS["fid"]).kind == "set" and metric != "is"
+        assert ("held fixed" in line) is held, metric
+
+
 @pytest.mark.parametrize(("n", "indicative"), [(1999, True), (2000, False)])
 def test_few_images_mark_set_metrics_as_indicative(n, indicative):
     fields = _protocol(n_images=n)
@@ -85,6 +102,7 @@ def test_other_numbers_of_images_are_refused_with_an_offer(changes):
 def test_the_names_of_runs_do_not_matter():
     """results.json adds them to the protocol."""
     first, second = (_protocol() | {"name": name, "publish": True} for name in ("one", "two"))
+    del first["is_fid"], first["fid_name"]  # they follow from the features; older files lack them
     assert protocol.comparable(first, second | {"publish": False})
 
 

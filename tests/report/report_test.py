@@ -16,8 +16,9 @@ import pytest
 from mpqdiff import report
 from mpqdiff.costs.bytes import device_bytes
 from mpqdiff.errors import InputError
+from mpqdiff.evaluate.efficiency import bitops_text
 from mpqdiff.quantize import pack
-from mpqdiff.report import tables
+from mpqdiff.report import columns, numbers, tables, verdicts
 from mpqdiff.report.front import pareto
 from mpqdiff.sites import Site
 
@@ -41,6 +42,10 @@ def arm(name, system, bits, nbytes, execution="integer", /, **values):
     }  # fmt: skip
 
 
+TERMS = {"weights": 4.5e9, "attention": 2.5e9, "zero_points": 0.5e9, "float": 2.5e9,
+         "total": 1e10, "executed": 1.75e10}  # fmt: skip
+
+
 def arms():
     speed = {"iqr": 0.8123456789, "n": 9, "batch": 64}
     return [
@@ -49,9 +54,15 @@ def arms():
             kid_ci=[0.0101, 0.0141], damage=0.0123, sfid=11.25,
             ms_per_image={"median": 31.4159265358979, **speed}),
         arm("mpq_diff", "mpq_diff", 4.66, 701234, psnr=25.617283945, psnr_ci=[25.4, 25.8],
-            x0_mse=0.00123456789012345, ssim=0.912345, fid=10.0123, fid_ci=[9.7, 10.4],
-            kid=0.0131, kid_ci=[0.0110, 0.0150], damage=0.0234567, delta_fid=0.13578,
+            x0_mse=0.00123456789012345, x0_mse_ci=[0.0011, 0.0014], ssim=0.912345,
+            fid=10.0123, fid_ci=[9.7, 10.4], kid=0.0131, kid_ci=[0.0110, 0.0150],
+            damage=0.0234567, delta_fid=0.13578,
             speedup=1.31415, speedup_same_steps=1.31415, resident_bytes=812345,
+            perceptual=0.0521, perceptual_ci=[0.05, 0.055], drift=0.116, drift_ci=[0.1, 0.13],
+            drift_curve={"timesteps": [950, 500, 0], "mean": [0.0, 0.1, 0.25],
+                         "low": [0.0, 0.08, 0.22], "high": [0.0, 0.12, 0.28]},
+            bitops_terms=TERMS, downstream_accuracy=0.8125, downstream_delta=-0.0123,
+            downstream_delta_ci=[-0.02, -0.001], class_agreement=0.9375,
             ms_per_image={"median": 23.90123, **speed}),
         arm("uniform", "uniform", 4.64, 700111, psnr=25.3, psnr_ci=[25.1, 25.5], x0_mse=0.0013,
             ssim=0.9, fid=12.0, fid_ci=[11.5, 12.4], kid=0.02, kid_ci=[0.018, 0.022],
@@ -147,6 +158,7 @@ def data():
     pictures = rng.integers(0, 255, (8, 28, 28, 1), dtype=np.uint8)
     return report.ReportData(
         results={"schema": 1, "arms": arms(), "protocol": {
+            "feature_space": "toy <net>", "is_fid": False,
             "fid": "64 features of fashion_classifier, 256 images against 10000 of the test set",
             "psnr": "256 images, same seeds as float32"}},
         plan=plan("mpq_diff", 1), sites=[site(path) for path in PATHS],
@@ -222,7 +234,10 @@ def at(value, key):
 
 
 def check_numbers(page):
-    """Every number of the page equals that of the embedded results, and none is left out."""
+    """Every number of the page equals that of the embedded results, and none is left out.
+
+    (`drift_curve` is drawn, not written.)
+    """
     results = json.loads(page.text["results"])
     by_name = {a["arm"]: a for a in results["arms"]}
     for name, key, value in page.numbers:
@@ -231,7 +246,9 @@ def check_numbers(page):
     for name, values in by_name.items():
         for key, value in values.items():
             keys = [f"{key}.{k}" for k in value] if isinstance(value, dict) else [key]
-            if any(isinstance(at(values, k), int | float | list) for k in keys):
+            if key != "drift_curve" and any(
+                isinstance(at(values, k), int | float | list) for k in keys
+            ):
                 assert {(name, k) for k in keys} <= shown
     return results
 
@@ -259,8 +276,8 @@ def test_all_sections_and_arms(page, data):
     names = {name for name, _, _ in page.numbers}
     assert names == {a["arm"] for a in data.results["arms"]}
     assert {"quality", "pareto", "bits", "importance", "orthogonality", "menu-quality",
-            "menu-pareto", "menu-bits", "table-why", "table-quality", "table-speed",
-            "table-further", "table-sites", "table-left",
+            "menu-pareto", "menu-bits", "table-why", "table-quality", "table-speed", "drift",
+            "table-bitops", "table-further", "table-sites", "table-left",
             "table-stages", "table-environment", "command"} <= page.ids  # fmt: skip
     assert page.counts["img"] == len(data.images)
 
@@ -268,7 +285,7 @@ def test_all_sections_and_arms(page, data):
 def test_nulls_are_dashes(page):
     nulls = [n for n in page.numbers if n[2] == "null"]
     assert ("float32", "psnr", "null") in nulls and ("size_only", "fid", "null") in nulls
-    assert {page.text[n] for n in nulls} == {tables.DASH}
+    assert {page.text[n] for n in nulls} == {numbers.DASH}
 
 
 def test_names_are_escaped(path, page):
@@ -283,7 +300,7 @@ def test_nothing_but_json_in_the_data(page):
         raise AssertionError(f"{word} in JSON")
 
     blocks = [s for s in page.scripts if s.startswith("{")]
-    assert len(blocks) == 6  # results and five figures
+    assert len(blocks) == 7  # results and six figures
     for block in blocks:
         json.loads(block, parse_constant=refuse)
 
@@ -294,17 +311,24 @@ def test_what_was_lost_is_said(path):
 
 
 def test_figures_are_valid_plotly(data):
-    rows = tables.finite(arms())
-    found = report.drawn(data, rows, rows[1], data.plan, data.plans)
-    assert [f.name for f in found] == ["quality", "bits", "importance", "orthogonality", "pareto"]
+    results = numbers.finite(data.results)
+    found = report.drawn(data, results, results["arms"][1], data.plan, data.plans)
+    names = ["quality", "drift", "bits", "importance", "orthogonality", "pareto"]
+    assert [f.name for f in found] == names
     for figure in found:
         go.Figure(figure.data, figure.layout)  # raises on an unknown property
         assert all(len(c.visible) == len(figure.data) for c in figure.choices)
-    quality, bars, heat = found[:3]
+    quality, curves, bars, heat = found[:4]
+    assert [choice.label for choice in quality.choices] == [
+        "Paired x0 MSE, lower is better", "Paired PSNR, dB, higher is better",
+        "KID, lower is better", "FID (toy <net> features), lower is better"]  # fmt: skip
+    assert [trace["name"] for trace in curves.data] == ["mpq_diff"]
+    assert curves.data[0]["y"] == [0.0, 0.1, 0.25]
+    assert curves.data[0]["error_y"]["array"] == pytest.approx([0.0, 0.02, 0.03])
     drawn = {t["name"]: t for t, show in zip(quality.data, quality.choices[0].visible, strict=True)
              if show}  # fmt: skip
     assert set(drawn) == {"mpq_diff", "uniform", html.escape(EVIL, quote=False)}
-    assert drawn["mpq_diff"]["error_y"]["array"] == [pytest.approx(25.8 - 25.617283945)]
+    assert drawn["mpq_diff"]["error_y"]["array"] == [pytest.approx(0.0014 - 0.00123456789012345)]
     widths = dict(zip(bars.data[0]["y"], bars.data[0]["x"], strict=True))
     assert widths["patch_embed"] == 8 and widths["pooler"] is None
     assert heat.data[0]["z"][4][3] is None and heat.data[0]["z"][2][7] == pytest.approx(
@@ -325,7 +349,7 @@ def drawn_front(*args):
 
 
 def test_the_front_and_the_arms_on_one_axis():
-    rows = tables.finite(arms())
+    rows = numbers.finite(arms())
     figure = drawn_front(front(), rows, rows[1])
     go.Figure(figure.data, figure.layout)
     bound, dots, *measured = drawn_in(figure, 0)
@@ -348,7 +372,7 @@ def test_the_front_and_the_arms_on_one_axis():
 
 
 def test_a_front_without_arms_or_plans():
-    rows = tables.finite(arms())
+    rows = numbers.finite(arms())
     figure = drawn_front(front(["bytes"]), rows[:1], rows[1])
     assert not figure.menu and figure.layout["yaxis2"]["visible"] is False
     assert figure.layout["yaxis"]["domain"] == [0.0, 1.0] and "Below" not in figure.caption
@@ -364,7 +388,7 @@ def test_reasons_have_the_sign_of_their_column():
     first, second, *_, last = tables.reasons(explained())
     assert [first[key].text for key in ("bits", "wider", "saves", "costs")] == [
         "2 x 8", "8 x 8", "0.001", "0.02"]  # fmt: skip
-    assert first["narrower"].text == first["adds"].text == first["frees"].text == tables.DASH
+    assert first["narrower"].text == first["adds"].text == first["frees"].text == numbers.DASH
     assert (second["adds"].text, second["frees"].text) == ("0.5", "0.01")
     assert last["bits"].text == "float" and last["reduced"].text == "0.0001"
     assert tables.prices(explained()) == "Prices, in damage: 1.25e-09 per unit of bytes."
@@ -395,29 +419,99 @@ def test_a_front_that_fits_nothing_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_intervals_decide_ties():
-    psnr, kid = (next(c for c in tables.QUALITY if c.key == key) for key in ("psnr", "kid"))
-    rows = tables.finite(arms())
-    assert tables.ties(rows, psnr) == [(), ("best",), ("tie with best",), (), ()]
-    assert tables.ties(rows, kid) == [(), ("best", "tie with float"), (), (), ()]
+def column(key, results):
+    """The column of `key` as the report of `results` has it."""
+    found = (*columns.quality(results), *columns.present(columns.FURTHER, results))
+    return next(c for c in found if c.key == key)
+
+
+def test_the_interval_of_the_difference_decides_ties():
+    """PSNR 25.617 +- 0.2 and 25.3 +- 0.2: they overlap, the difference is outside 0.283."""
+    rows = numbers.finite(arms())
+    psnr, kid, damage = (column(key, {"arms": rows}) for key in ("psnr", "kid", "damage"))
+    assert verdicts.ties(rows, psnr) == [(), ("best",), (), (), ()]
+    assert verdicts.ties(rows, kid) == [(), ("best", "tie with float"), (), (), ()]
+    assert verdicts.ties(rows, damage) == [()] * 5  # what follows from FID has FID's
+    rows[2] |= {"psnr": 25.35, "psnr_ci": [25.15, 25.55]}
+    assert verdicts.ties(rows, psnr)[2] == ("tie with best",)
+    rows[2]["n_images"] = 300  # not compared with arms of 256
+    assert verdicts.ties(rows, psnr)[2] == ()
+
+
+def test_what_the_evaluation_paired_comes_before_the_intervals():
+    rows = numbers.finite(arms())
+    psnr, kid = (column(key, {"arms": rows}) for key in ("psnr", "kid"))
+    rows[2]["against"] = {"psnr": {"mpq_diff": "tie"}}
+    rows[1]["against"] = {"psnr": {"uniform": "tie"}, "kid": {"float32": "worse"}}
+    assert verdicts.ties(rows, psnr)[1:3] == [("best",), ("tie with best",)]
+    assert verdicts.ties(rows, kid)[1] == ("best",)  # the intervals alone say a tie with float
+    assert verdicts.rival(rows, rows[1]) == (rows[2], "tie")
 
 
 def test_verdict_on_the_best_rival():
-    rows = tables.finite(arms())
-    assert tables.rival(rows, rows[1]) == (rows[2], "tie")
-    rows[2]["psnr_ci"] = [25.2, 25.35]
-    assert tables.rival(rows, rows[1]) == (rows[2], "better")
+    rows = numbers.finite(arms())
+    assert verdicts.rival(rows, rows[1]) == (rows[2], "better")
+    rows[2]["psnr_ci"] = [24.9, 25.7]
+    assert verdicts.rival(rows, rows[1]) == (rows[2], "tie")
     rows[2] |= {"psnr": 26.0, "psnr_ci": [25.9, 26.1]}
-    assert tables.rival(rows, rows[1]) == (rows[2], "worse")
+    assert verdicts.rival(rows, rows[1]) == (rows[2], "worse")
+    rows[2]["psnr_ci"] = None  # nothing is claimed without intervals
+    assert verdicts.rival(rows, rows[1]) is None
     rows[2]["bytes"] = rows[1]["bytes"] + 1
-    assert tables.rival(rows, rows[1]) == (rows[3], "better")
+    assert verdicts.rival(rows, rows[1]) == (rows[3], "better")
+
+
+@pytest.mark.parametrize(
+    ("n", "order"),
+    [
+        (256, ["x0_mse", "psnr", "kid", "fid", "delta_fid", "damage"]),
+        (5000, ["x0_mse", "psnr", "kid", "fid", "delta_fid", "damage"]),
+    ],
+)
+def test_paired_error_and_kid_lead(n, order):
+    rows = [row | {"n_images": n} for row in numbers.finite(arms())]
+    shown = [c.key for c in columns.quality({"arms": rows})]
+    assert [key for key in shown if key in order] == order
+    further = [c.key for c in columns.present(columns.FURTHER, {"arms": rows})]
+    assert further[:3] == ["ssim", "perceptual", "drift"]
+    assert (further.index("sfid") > further.index("precision")) is (n < 2000)
+    own = {"leading": ["kid", "psnr", "x0_mse", "fid", "damage", "delta_fid"]}
+    shown = [c.key for c in columns.quality({"arms": rows, "protocol": own})]
+    assert [key for key in shown if key in order] == own["leading"]
+
+
+def test_columns_that_no_arm_has_are_left_out(page):
+    shown = {key for _, key, _ in page.numbers}
+    assert {"perceptual", "drift", "downstream_delta", "downstream_delta_ci.0"} <= shown
+    assert not {"clip_score", "against_plan.x0_mse"} & shown
+
+
+def test_fid_without_a_qualifier_is_for_the_public_weights_alone(data):
+    """Every FID of the page's words names the features, but for the scripts."""
+
+    def words(is_fid):
+        described = data.results["protocol"] | {"is_fid": is_fid}
+        text = report.render(replace(data, results=data.results | {"protocol": described}))
+        return re.sub(r"(?s)<(script|style).*?</\1>", "", text)
+
+    plain = html.unescape(words(False))
+    assert plain.count("FID (toy <net> features)") > 5
+    assert not re.findall(r"\bs?FID\b(?! \(toy <net> features\))", plain)
+    assert '<th scope="col" title="Frechet distance to the reference features">FID<' in words(True)
+
+
+def test_what_bitops_count_is_said(page, path, data):
+    text = html.unescape(path.read_text("utf-8"))
+    assert all(line in text for line in bitops_text(TERMS).splitlines()[2:])
+    assert "1e+10 BitOPs per image (weights 45.0%, attention 25.0%" in text
+    numbers_of = {key: value for name, key, value in page.numbers if name == "mpq_diff"}
+    assert json.loads(numbers_of["bitops_terms.zero_points"]) == 0.5e9
 
 
 def test_indicative_below_2000_images():
-    column = next(c for c in tables.QUALITY if c.key == "fid")
-    rows = tables.finite(arms())
+    rows = numbers.finite(arms())
     rows[2]["n_images"] = 2000
-    labels = [row[0].labels for row in tables.cells(rows, [column])]
+    labels = [row[0].labels for row in tables.cells(rows, [column("fid", {"arms": rows})])]
     assert ["indicative" in words for words in labels] == [True, True, False, True, False]
 
 
@@ -496,8 +590,8 @@ def test_smoke_results_without_metrics(data, tmp_path):
 
 
 def test_simulated_arms_claim_no_speed(data):
-    rows = tables.cells(tables.finite(arms()), tables.SPEED)
-    at = next(i for i, column in enumerate(tables.SPEED) if column.key == "speedup")
+    rows = tables.cells(numbers.finite(arms()), columns.SPEED)
+    at = next(i for i, column in enumerate(columns.SPEED) if column.key == "speedup")
     assert [row[at].labels for row in rows] == [(), (), (), ("simulated: no claim",), ()]
 
 
@@ -523,13 +617,13 @@ def drawing(document, name):
 
 def test_browser_draws_every_figure(path, tmp_path):
     document, page = in_browser(path, tmp_path)
-    for name in ("quality", "bits", "importance", "orthogonality", "pareto"):
+    for name in ("quality", "drift", "bits", "importance", "orthogonality", "pareto"):
         assert "main-svg" in drawing(document, name), name
     for name in ("importance", "orthogonality"):
         assert 'href="data:image/png' in drawing(document, name)  # the cells of the heat map
     assert drawing(document, "bits").count('class="point"') == len(PATHS)
     assert "measured x0 MSE" in drawing(document, "pareto")
-    assert "Paired PSNR, dB" in drawing(document, "quality")
+    assert "Paired x0 MSE" in drawing(document, "quality")
     assert not [r for r in page.references if not r.startswith(("#", "data:"))]
     check_numbers(page)
 
@@ -545,7 +639,7 @@ def test_browser_menus_change_the_figures(path, tmp_path):
     changed.write_text(path.read_text("utf-8").replace("</body>", choose), "utf-8")
     document, _ = in_browser(changed, tmp_path)
     quality = drawing(document, "quality")
-    assert "FID (lower is better)" in quality and "Paired PSNR" not in quality
+    assert "FID (toy" in quality and "Paired x0 MSE" not in quality
     assert ">float32<" in quality  # the line of the float model
     assert "random &lt;/script x&gt; &lt;script&gt;alert(1)" in quality  # in the legend, as text
     assert drawing(document, "bits").count('class="point"') == 2 * len(PATHS)

@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     cli.prepare_jax()
     module, params, _ = weights.load(options.weights)
-    denoise = guide(from_linen(module), scale=options.guidance, null_label=module.num_classes)
+    denoise = guide(from_linen(module), scale=options.guidance, null=module.num_classes)
     shape = (module.image_size, module.image_size, module.channels)
 
     @jax.jit

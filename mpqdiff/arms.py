@@ -15,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mpqdiff import planning
-from mpqdiff.artifacts import chunked
+from mpqdiff.artifacts import chunked, load_arrays, save_arrays
 from mpqdiff.config import for_arm
 from mpqdiff.diffusion.samplers import check_timesteps
 from mpqdiff.errors import InputError, VerificationError
 from mpqdiff.evaluate import verify
+from mpqdiff.images import to_uint8
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import store
@@ -42,11 +43,7 @@ class Arm:
                     f"the plan has widths for {[site.path for site in unable]}, which this config "
                     "leaves in float: set config.quantize.products=True for attention products"
                 )
-        self.timesteps = (
-            np.asarray(plan.timesteps, np.int32)
-            if plan
-            else experiment.steps(config.diffusion.num_steps)
-        )
+        self.timesteps = np.asarray(plan.timesteps, np.int32) if plan else experiment.steps(config)
 
     @property
     def backend(self) -> str:
@@ -104,7 +101,7 @@ class Arm:
 
     @property
     def passed_bytes(self) -> int:
-        """Bytes of the arrays passed to the denoiser besides x_t, t and labels."""
+        """Bytes of the arrays passed to the denoiser besides x_t, t and cond."""
         # Not `nbytes`: that counts a byte for an int4 wherever it is held in half of one.
         return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(self.model[0]))
 
@@ -116,15 +113,13 @@ class Arm:
         return self.file.stat().st_size
 
     def compile(self, batch: int, *, trajectory: bool = False):
-        """The ahead-of-time compiled sampler `(params, x_T, labels, keys) -> x_0` at `batch`, or
+        """The ahead-of-time compiled sampler `(params, x_T, cond, keys) -> x_0` at `batch`, or
         `-> (x_0, x_ts)`."""
         params, denoise = self.model
         run = self.experiment.sampler(denoise, self.timesteps, trajectory=trajectory)
-        x_T = jax.ShapeDtypeStruct((batch, *self.experiment.image_shape), jnp.float32)
-        labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        keys = jax.eval_shape(lambda: self.experiment.inputs(0, 0, batch)[2])
+        inputs = jax.eval_shape(lambda: self.experiment.inputs(0, 0, batch))
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-        return jax.jit(run).lower(shapes, x_T, labels, keys).compile()
+        return jax.jit(run).lower(shapes, *inputs).compile()
 
     @cached_property
     def compiled(self):
@@ -134,8 +129,9 @@ class Arm:
     @cached_property
     def execution(self) -> verify.Execution:
         """What the compiled sampler multiplies and keeps."""
-        images = [(self.batch, *self.experiment.image_shape), (self.batch,)]
-        return verify.read(self.compiled, images=images)
+        x_t, _, cond = self.experiment.input_shapes(self.batch)
+        shapes = [leaf.shape for leaf in jax.tree.leaves((x_t, cond))]
+        return verify.read(self.compiled, images=shapes)
 
     def verify(self, resident_bytes: int | None = None) -> None:
         """VerificationError, naming each site, unless the program does what the plan says."""
@@ -165,7 +161,7 @@ class Arm:
         return self.compiled(self.model[0], *self.inputs(index))
 
     def inputs(self, index: int):
-        """(x_T, labels, step keys) of batch `index`."""
+        """(x_T, cond, step keys) of batch `index`."""
         start = index * self.batch
         return self.experiment.inputs(self.config.sample.seed, start, self.batch)
 
@@ -187,6 +183,7 @@ class Arm:
 
         key = {
             "model": self.experiment.model_hash,
+            "conditions": self.experiment.conditions_hash,
             "diffusion": self.config.diffusion.to_dict(),
             "timesteps": self.timesteps.tolist(),
             "plan": self.plan.hash if self.plan else None,
@@ -200,6 +197,24 @@ class Arm:
         )
         parts = [np.load(path)["x_0"] for path in sorted(folder.glob("sample_*.npz"))]
         return folder.name, np.concatenate(parts)[:count]
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """The samples as uint8 [n,H,W,C]. Latents are decoded first, once."""
+        name, x_0 = self.samples
+        autoencoder = self.experiment.autoencoder
+        if autoencoder is None:
+            return to_uint8(x_0)
+
+        def compute(folder):
+            decoded = autoencoder.decode(x_0, batch=self.batch)
+            save_arrays(folder / "images.npz", {"images": to_uint8(decoded)})
+
+        key = {"sample": name, "autoencoder": autoencoder.hash}
+        folder = self.experiment.store.get(
+            "decode", version=VERSIONS["decode"], key=key, compute=compute
+        )
+        return load_arrays(folder / "images.npz")["images"]
 
 
 def list_arms(experiment: Experiment) -> list[Arm]:

@@ -193,14 +193,19 @@ def _sample(config, workdir, command):
     print(outcome.sample_only(_experiment(config, workdir)))
 
 
-def _evaluate(config, workdir, command, *, images, reference, features, weights, out):
+def _evaluate(config, workdir, command, *, images, reference, features, out, fid_infinity, **own):
     if not images:
         _run(config, workdir, command)
         return
     from mpqdiff.evaluate import image_metrics
 
     row = image_metrics.evaluate_images(
-        images, reference, features=features, weights=weights, out=out or None
+        images,
+        reference,
+        features=features,
+        weights=own["features.weights"],
+        out=out or None,
+        fid_infinity=fid_infinity,
     )
     print(image_metrics.table(row))
 
@@ -258,8 +263,9 @@ FLAGS = {
         "images": (flags.DEFINE_string, "", "a folder, .npz or .npy of images: no model is needed"),
         "reference": (flags.DEFINE_string, "", "the same, an .npz with mu and sigma, or a name"),
         "features": (flags.DEFINE_string, "fashion_classifier", "the feature network"),
-        "weights": (flags.DEFINE_string, "", "the file of its weights, for inception"),
+        "features.weights": (flags.DEFINE_string, "", "the file of its weights, for inception"),
         "out": (flags.DEFINE_string, "", "an .npz for the images' own mu and sigma"),
+        "fid_infinity": (flags.DEFINE_bool, False, "FID extrapolated to infinitely many images"),
     },
 }
 
@@ -321,7 +327,9 @@ of evaluate, without a model:
   --images=PATH        a folder, .npz or .npy of images
   --reference=PATH     the same, an .npz with mu and sigma, or fashion_reference
   --features=NAME      fashion_classifier, inception, inception_pytorch_fid
-  --weights=FILE       the public Inception weights
+  --features.weights=FILE
+                       the public Inception weights
+  --fid_infinity       FID extrapolated to infinitely many images too
   --out=FILE.npz       save mu and sigma of the images"""
 
 

@@ -29,6 +29,9 @@ def base() -> Config:
     config.model.kwargs = ConfigDict(
         dict(image_size=28, channels=1, patch=4, width=96, depth=6, num_heads=3, num_classes=10)
     )
+    # Of latent models, whose samples are decoded: a path, or "random" with `kwargs`; "" for none.
+    config.autoencoder = ConfigDict({"weights": "", "kwargs": {}})
+    config.text = ""  # of text models: an .npz of cached `embeddings` [prompts, tokens, width]
     config.data = ConfigDict(
         dict(
             name="fashion_mnist",
@@ -38,13 +41,25 @@ def base() -> Config:
     )
     config.diffusion = ConfigDict(
         dict(
-            schedule="linear",
+            schedule="linear",  # linear, scaled_linear, cosine
+            betas=(),  # (first, last) instead of the schedule's own
             num_timesteps=1000,  # F
+            prediction_type="eps",  # what the network predicts: eps, x_0, v
             sampler="ddim",  # ddim, ddpm, ddpm_large, ddpm_learned, dpm_solver
             num_steps=20,  # S of arm 0
             eta=0.0,
             guidance_scale=1.0,
             clip=True,  # clip x_0 to [-1, 1] inside the sampler
+        )
+    )
+    config.timesteps = ConfigDict(
+        dict(
+            name="uniform",  # uniform, quadratic, log_snr, drift_edges, shortest_path
+            samples=32,  # trajectories whose eps the last two choose by
+            tail=0.0,  # the last t < tail F are kept
+            data_std=1.0,  # spread of the data: 1 is the error in x_t, large values that in x_0
+            power=1,  # errors of steps add in norm (1) or in square (2)
+            reach=1.0,  # quadratic: its first timestep over F
         )
     )
     config.calibration = ConfigDict(
@@ -164,13 +179,14 @@ ARM_KEYS = {
     "mode": "quantize.mode",
     "seed": "seed",
     "num_steps": "diffusion.num_steps",
+    "timesteps": "timesteps.name",
     "float": "no plan: the float32 model (with num_steps)",
 }
 
 POSITIVE = (
     "diffusion.num_timesteps", "diffusion.num_steps", "calibration.samples",
     "calibration.timesteps", "calibration.memory_gb", "score.samples", "plan.ratio",
-    "plan.ratio_bits", "plan.node_limit",
+    "plan.ratio_bits", "plan.node_limit", "timesteps.samples", "timesteps.data_std",
     "sample.num_images", "sample.batch", "evaluate.ceiling_steps", "evaluate.timing_rounds",
     "report.num_images", "train.epochs", "train.batch", "train.learning_rate",
     "train.checkpoint_every", "train.log_every",
@@ -304,10 +320,16 @@ def for_arm(config: Config, changes) -> Config:
     return copy
 
 
-def smoke(config: Config) -> Config:
-    """Shrink `config` to seconds: random small weights, a few samples, no metric published."""
+def smoke(config: Config, **kwargs) -> Config:
+    """Shrink `config` to seconds: random small weights, a few samples, no metric published.
+
+    `kwargs` replace the model's; without any, those of a small transformer.
+    """
     config.weights = "random"
-    config.model.kwargs.update(width=16, depth=2, num_heads=2)
+    config.model.kwargs.update(kwargs or dict(width=16, depth=2, num_heads=2))
+    if config.autoencoder.weights:
+        config.autoencoder.weights = "random"
+        config.autoencoder.kwargs = dict(widths=(8, 8), layers=1, groups=4)
     config.diffusion.num_steps = 4
     config.calibration.update(samples=8, timesteps=4)
     config.score.samples = 4

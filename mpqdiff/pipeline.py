@@ -12,25 +12,26 @@ content.
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mpqdiff import record
+from mpqdiff import conditioning, latents, record, timesteps
 from mpqdiff import sites as site_list
 from mpqdiff.artifacts import Store, chunked, digest, load_arrays, save_arrays, tree_digest
 from mpqdiff.config import Config
 from mpqdiff.denoiser import Denoise, from_linen
 from mpqdiff.diffusion.guidance import guide
+from mpqdiff.diffusion.process import predict_eps
 from mpqdiff.diffusion.samplers import (
     SAMPLERS,
     draws_noise,
     initial_noise,
     step_keys,
-    uniform_timesteps,
 )
 from mpqdiff.diffusion.schedule import alphas_cumprod
+from mpqdiff.errors import InputError
 from mpqdiff.plan import Plan, with_choices
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.numerics import BITS
@@ -40,7 +41,7 @@ from mpqdiff.records import Statistics
 # Bumped when a stage's results change.
 VERSIONS = {
     "calibrate": 1, "record": 3, "score": 3, "seconds": 1, "plan": 4, "sample": 1, "features": 2,
-    "trajectory": 1, "downstream": 1,
+    "gram": 1, "decode": 1, "trajectory": 1, "downstream": 1,
 }  # fmt: skip
 
 
@@ -59,35 +60,101 @@ class Experiment:
         self.module, self.params, self.model = load_model(config)
         self.model_hash = digest(tree_digest(self.params), self.model)
         self.denoise: Denoise = from_linen(self.module)
-        self.image_shape = (self.module.image_size,) * 2 + (self.module.channels,)
+        size, channels = self.module.image_size, self.module.channels
+        self.image_shape: tuple[int, int, int] = (size, size, channels)
+        self.conditions = conditioning.load(config, self.module)
         found, self.remainder = site_list.list_sites(
-            self.denoise, self.params, *site_list.example_inputs(self.image_shape)
+            self.denoise, self.params, *self.input_shapes(1)
         )
         self.all_sites = site_list.tie(site_list.pin(found, config.plan.pins), config.plan.ties)
         self.sites = site_list.planned(self.all_sites, products=config.quantize.products)
-        check_features(config, self.image_shape)
-        self.abar = alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
-        self.timesteps = self.steps(config.diffusion.num_steps)
+        self.conditions_hash = tree_digest(self.conditions)
+        self.autoencoder = latents.load(config, self.module)
+        check_features(config, self.pixel_shape)
+        d = config.diffusion
+        self.abar = alphas_cumprod(d.schedule, d.num_timesteps, d.betas)
 
-    def steps(self, count: int) -> np.ndarray:
-        """The kept timesteps of a sampler with `count` steps, descending."""
-        return uniform_timesteps(self.config.diffusion.num_timesteps, count)
+    @cached_property
+    def timesteps(self) -> np.ndarray:
+        """The kept timesteps of arm 0, int32 [S], descending."""
+        return self.steps(self.config)
 
-    def labels(self, start: int, count: int) -> np.ndarray:
-        """Class labels of images start..: every class in turn."""
-        return np.arange(start, start + count, dtype=np.int32) % self.module.num_classes
+    def steps(self, config: Config) -> np.ndarray:
+        """The kept timesteps of the recipe's sampler, int32 [S], descending."""
+        name = config.timesteps.name
+        taken = timesteps.arguments(name)
+        given = {key: config.timesteps[key] for key in config.timesteps if key in taken}
+        if "gram" in taken:
+            given["gram"] = self.eps_gram
+        return timesteps.select(self.abar, config.diffusion.num_steps, name, **given)
+
+    @cached_property
+    def eps_gram(self) -> np.ndarray:
+        """Gram of the float model's eps over the whole schedule, float64 [F,F]: what the steps of
+        `shortest_path` and `drift_edges` are chosen by."""
+        c = self.config
+
+        def compute(folder):
+            noise, cond, _ = self.inputs(c.seed, 0, c.timesteps.samples)
+            found = timesteps.gram.record_gram(
+                self.predicted(self.denoise),
+                self.params,
+                noise,
+                cond,
+                alphas_cumprod=self.abar,
+                clip=c.diffusion.clip,
+                memory_gb=c.calibration.memory_gb,
+                chunks=chunked(folder, "gram"),
+            )
+            save_arrays(folder / "gram.npz", {"gram": found})
+
+        diffusion = c.diffusion.to_dict()
+        key = {
+            "model": self.model_hash,
+            "conditions": self.conditions_hash,
+            "diffusion": {key: diffusion[key] for key in diffusion if key != "num_steps"},
+            "samples": c.timesteps.samples,
+            "memory_gb": c.calibration.memory_gb,
+            "seed": c.seed,
+        }
+        folder = self.store.get("gram", version=VERSIONS["gram"], key=key, compute=compute)
+        return load_arrays(folder / "gram.npz")["gram"]
+
+    def predicted(self, denoise: Denoise) -> Denoise:
+        """`denoise` under the config's guidance, giving eps."""
+        d = self.config.diffusion
+        guided = guide(denoise, scale=d.guidance_scale, null=self.conditions.null)
+        return predict_eps(guided, d.prediction_type, self.abar)
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images: what the model makes, or what its latents are decoded to."""
+        if self.autoencoder is None:
+            return self.image_shape
+        return self.autoencoder.image_shape(self.image_shape)
+
+    def input_shapes(self, batch: int):
+        """Shapes of (x_t, t, cond) of one batched call, t of shape []."""
+        return self.conditions.input_shapes(self.image_shape, batch)
 
     def inputs(self, seed: int, start: int, count: int):
-        """(x_T, labels, step keys or None) of images start..start+count-1."""
+        """(x_T, cond, step keys or None) of images start..start+count-1."""
         noise = initial_noise(seed, start, count, self.image_shape)
         d = self.config.diffusion
         keys = step_keys(seed, start, count) if draws_noise(d.sampler, d.eta) else None
-        return noise, jnp.asarray(self.labels(start, count)), keys
+        return noise, self.conditions.take(start, count), keys
 
-    @property
-    def num_classes(self) -> int:
-        """Classes of the model's labels, the null label apart."""
-        return self.module.num_classes
+    def labels(self, count: int) -> tuple[np.ndarray, int]:
+        """(class labels int32 [count] of images 0.., number of classes).
+
+        Raises InputError for a model that is not conditioned on classes.
+        """
+        pool = self.conditions.pool
+        if not isinstance(pool, np.ndarray) or pool.dtype != np.int32 or len(pool) < 2:
+            raise InputError(
+                "config.evaluate.downstream needs a class-conditional model: set it to False"
+            )
+        return np.asarray(self.conditions.take(0, count)), len(pool)
 
     @property
     def halves(self) -> int:
@@ -95,19 +162,18 @@ class Experiment:
         return 1 if self.config.diffusion.guidance_scale == 1.0 else 2
 
     def sampler(self, denoise: Denoise, timesteps: np.ndarray, *, trajectory: bool = False):
-        """`(params, x_T, labels, keys) -> x_0`, guided, over `timesteps`: what is timed.
+        """`(params, x_T, cond, keys) -> x_0`, guided, over `timesteps`: what is timed.
 
         `keys` [B] draw the noise of the steps; without eta they are None.
         """
-        d = self.config.diffusion
-        guided = guide(denoise, scale=d.guidance_scale, null_label=self.module.num_classes)
+        d, predicted = self.config.diffusion, self.predicted(denoise)
 
-        def run(params, x_T, labels, keys=None):
+        def run(params, x_T, cond, keys=None):
             return SAMPLERS[d.sampler](
-                guided,
+                predicted,
                 params,
                 x_T,
-                labels,
+                cond,
                 timesteps=timesteps,
                 alphas_cumprod=self.abar,
                 keys=keys,
@@ -120,12 +186,17 @@ class Experiment:
 
     @cached_property
     def _key(self) -> dict:
-        """What every stage depends on: the model and the diffusion settings."""
-        return {"model": self.model_hash, "diffusion": self.config.diffusion.to_dict()}
+        """What every stage depends on: model, conditions, diffusion settings, arm 0's timesteps."""
+        return {
+            "model": self.model_hash,
+            "conditions": self.conditions_hash,
+            "diffusion": self.config.diffusion.to_dict(),
+            "timesteps": self.timesteps.tolist(),
+        }
 
     @cached_property
     def calibration(self) -> tuple[Path, dict]:
-        """(folder, {x_ts [T,N,H,W,C], timesteps [T], labels [N]}): the float model's own path."""
+        """(folder, {x_ts [T,N,H,W,C], timesteps [T]}): the float model's own path."""
         c = self.config.calibration
         count = min(c.timesteps, len(self.timesteps))
         chosen = np.rint(np.linspace(0, len(self.timesteps) - 1, count)).astype(int)
@@ -141,17 +212,13 @@ class Experiment:
             x_ts = np.concatenate([part["x_ts"] for part in parts], axis=1)[:, : c.samples]
             save_arrays(
                 folder / "calibration.npz",
-                {
-                    "x_ts": x_ts,
-                    "timesteps": self.timesteps[chosen],
-                    "labels": self.labels(0, c.samples),
-                },
+                {"x_ts": x_ts, "timesteps": self.timesteps[chosen]},
             )
 
         key = {
             **self._key,
             "samples": c.samples,
-            "timesteps": c.timesteps,
+            "recorded": c.timesteps,
             "seed": self.config.seed,
             "batch": batch,
         }
@@ -160,24 +227,23 @@ class Experiment:
         )
         return folder, load_arrays(folder / "calibration.npz")
 
-    def mixed_labels(self, labels: np.ndarray) -> np.ndarray:
-        """`labels`, int32 [N], every other one null under guidance: it is evaluated as often."""
-        if self.halves == 2:
-            labels = np.where(np.arange(len(labels)) % 2, self.module.num_classes, labels)
-        return labels.astype(np.int32)
+    @cached_property
+    def calibrated(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        """(x_ts [T,N,H,W,C], timesteps [T], cond [N]): what the denoiser is called with."""
+        data, count = self.calibration[1], self.config.calibration.samples
+        take = self.conditions.take if self.halves == 1 else self.conditions.mixed
+        return data["x_ts"], data["timesteps"], take(0, count)
 
     @cached_property
     def statistics(self) -> tuple[Path, Statistics]:
         """(folder, Statistics) of one pass over the calibration set."""
-        calibration, data = self.calibration
+        calibration = self.calibration[0]
 
         def compute(folder):
             stats = record.record(
                 self.denoise,
                 self.params,
-                data["x_ts"],
-                data["timesteps"],
-                self.mixed_labels(data["labels"]),
+                *self.calibrated,
                 self.sites,
                 memory_gb=self.config.calibration.memory_gb,
                 chunks=chunked(folder, "record"),
@@ -221,7 +287,7 @@ class Experiment:
 
     def draft(self, config: Config) -> Plan:
         """The plan of the recipe but for its widths, all the widest, and what led to them."""
-        mode, timesteps = config.quantize.mode, self.steps(config.diffusion.num_steps)
+        mode, timesteps = config.quantize.mode, self.steps(config)
         nothing = {"lhs": None, "rhs": None}
         bare = Plan(
             model={"hash": self.model_hash, "name": self.model["name"]},

@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mpqdiff import pipeline
+from mpqdiff import conditioning, pipeline
 from mpqdiff import sites as site_list
 from mpqdiff.costs import legal_choices, list_choices
 from mpqdiff.denoiser import from_linen
@@ -33,9 +33,8 @@ def text(config) -> str:
         pipeline.check_names(recipe)
     module, params, _ = pipeline.load_model(config)
     shape = (module.image_size, module.image_size, module.channels)
-    found, remainder = site_list.list_sites(
-        from_linen(module), params, *site_list.example_inputs(shape)
-    )
+    inputs = conditioning.load(config, module).input_shapes(shape, 1)
+    found, remainder = site_list.list_sites(from_linen(module), params, *inputs)
     sites = site_list.pin(found, config.plan.pins)
     planned = site_list.planned(sites, products=config.quantize.products)
     paths = [site.path for site in planned]

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpqdiff import aggregate, models, sensitivity, solve, weights
+from mpqdiff import aggregate, models, sensitivity, solve, timesteps, weights
 from mpqdiff import plan as plans
 from mpqdiff.config import Config, for_arm
 from mpqdiff.costs import RESOURCES, list_choices
 from mpqdiff.costs.legality import RULES
+from mpqdiff.diffusion.process import PREDICTION_TYPES
 from mpqdiff.diffusion.samplers import SAMPLERS, uniform_timesteps
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
@@ -43,7 +44,7 @@ def feature_space(config: Config) -> tuple[features.FeatureNetwork, Any]:
     """
     network = features.load(config.evaluate.features, weights=config.evaluate.weights or None)
     if config.evaluate.reference.endswith(".npz"):
-        return network, statistics.load(config.evaluate.reference)
+        return network, statistics.load(config.evaluate.reference, network=network)
     return network, features.load_reference(config.evaluate.reference, network=network)
 
 
@@ -61,9 +62,17 @@ def check_names(config: Config) -> None:
         ("activation mode", config.quantize.mode, plans.MODES),
         ("weight clip", config.quantize.clip, CLIPS),
         ("sampler", config.diffusion.sampler, SAMPLERS),
+        ("prediction type", config.diffusion.prediction_type, PREDICTION_TYPES),
+        ("selection of timesteps", config.timesteps.name, timesteps.SELECTORS),
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
+    if "drift" in timesteps.arguments(config.timesteps.name):
+        raise InputError(
+            f"config.timesteps.name={config.timesteps.name!r} prunes by the drift of a quantised "
+            "student, which a recipe does not have before its plan: choose another here, or call "
+            "mpqdiff.timesteps.select"
+        )
     list_choices(config.plan.w_bits, config.plan.a_bits)
     if config.plan.resource == "seconds" and not any(config.plan.budget.values()):
         raise InputError(
@@ -73,7 +82,8 @@ def check_names(config: Config) -> None:
     for bits in (config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
         check_bits(bits)
     uniform_timesteps(config.diffusion.num_timesteps, config.diffusion.num_steps)
-    alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps)
+    d = config.diffusion
+    alphas_cumprod(d.schedule, d.num_timesteps, d.betas)
 
 
 def load_model(config: Config):
@@ -83,14 +93,24 @@ def load_model(config: Config):
     zero hides every site behind it. Drawn on the host, so that nothing is compiled.
     """
     if config.weights != "random":
-        return weights.load(config.weights)
-    model = {"name": config.model.name, "kwargs": config.model.kwargs.to_dict()}
-    module = models.build(model["name"], **model["kwargs"])
+        module, params, model = weights.load(config.weights)
+        if isinstance(module, models.AutoencoderKL):
+            raise InputError(
+                f"config.weights={config.weights!r} is an autoencoder: name it in "
+                "config.autoencoder.weights, and a denoiser here"
+            )
+        return module, params, model
+    return random_model(config.model.name, config.model.kwargs.to_dict(), config.seed)
+
+
+def random_model(name: str, kwargs: dict, seed: int):
+    """(module, params, description) with every parameter drawn, none at zero."""
+    module = models.build(name, **kwargs)
     shapes = jax.eval_shape(lambda key: weights.initialise(module, key), jax.random.key(0))
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(seed)
 
     def draw(leaf):
         spread = 0.05 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
         return (spread * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return module, jax.tree.map(draw, shapes), model
+    return module, jax.tree.map(draw, shapes), {"name": name, "kwargs": kwargs}

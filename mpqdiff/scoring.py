@@ -70,7 +70,7 @@ def _simulated(experiment: Experiment, config: Config) -> dict:
 def _rollout(experiment: Experiment, config: Config) -> dict:
     return _simulated(experiment, config) | {
         "samples": config.score.samples,
-        "timesteps": experiment.steps(config.diffusion.num_steps).tolist(),
+        "timesteps": experiment.steps(config).tolist(),
     }
 
 
@@ -104,33 +104,27 @@ def _weight_error(experiment: Experiment, config: Config, folder: Path) -> Score
     return sensitivity.weight_error.score(*simulation(experiment, config)[1:])
 
 
-def _calibrated(experiment: Experiment) -> tuple[Any, Any, Any]:
-    """(x_ts, timesteps, labels) of the calibration set."""
-    data = experiment.calibration[1]
-    return data["x_ts"], data["timesteps"], experiment.mixed_labels(data["labels"])
-
-
 def _output_error(experiment: Experiment, config: Config, folder: Path) -> Scores:
     return sensitivity.output_error.score(
-        *simulation(experiment, config), *_calibrated(experiment), chunks=chunked(folder, "score")
+        *simulation(experiment, config), *experiment.calibrated, chunks=chunked(folder, "score")
     )
 
 
 def _eps_error(experiment: Experiment, config: Config, folder: Path) -> Scores:
     """Steps count by what they add to x_0 (`kappa`), at the timesteps that were recorded."""
-    x_ts, timesteps, labels = _calibrated(experiment)
+    x_ts, timesteps, cond = experiment.calibrated
     return sensitivity.eps_error.score(
         *simulation(experiment, config),
         x_ts,
         timesteps,
-        labels,
+        cond,
         weights=kappa(experiment.abar, timesteps),
         chunks=chunked(folder, "score"),
     )
 
 
 def _rollout_error(experiment: Experiment, config: Config, folder: Path) -> Scores:
-    timesteps = experiment.steps(config.diffusion.num_steps)
+    timesteps = experiment.steps(config)
     return sensitivity.rollout_error.score(
         *simulation(experiment, config),
         lambda denoise: experiment.sampler(denoise, timesteps),

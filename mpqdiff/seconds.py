@@ -8,13 +8,13 @@ run; the error on plans held out is kept with the artifact and shown.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpqdiff import costs
 from mpqdiff.artifacts import load_arrays, save_arrays
 from mpqdiff.config import Config
 from mpqdiff.costs import latency, legality
+from mpqdiff.diffusion.steps import uniform_timesteps
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import with_choices
 from mpqdiff.quantize.apply import build, quantize
@@ -53,9 +53,7 @@ def operations(experiment: Experiment, config: Config) -> dict[str, legality.Ope
         experiment.denoise,
         experiment.params,
         experiment.sites,
-        jax.ShapeDtypeStruct((rows, *experiment.image_shape), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        *experiment.input_shapes(rows),
         asymmetric=experiment.asymmetric(config),
         online=config.quantize.mode == "online",
     )
@@ -108,7 +106,8 @@ def _runner(experiment: Experiment, config: Config, pairs):
     tensors = quantize(experiment.params, experiment.sites, plan, steps, flags, clip="absmax")
     built = build(experiment.denoise, experiment.params, experiment.sites, plan, tensors, steps)
     inputs = experiment.inputs(config.sample.seed, 0, batch(config))
-    run = jax.jit(experiment.sampler(built.denoise, experiment.steps(STEPS)))
+    steps = uniform_timesteps(config.diffusion.num_timesteps, STEPS)
+    run = jax.jit(experiment.sampler(built.denoise, steps))
     compiled = run.lower(built.params, *inputs).compile()
     return lambda: compiled(built.params, *inputs).block_until_ready()
 

@@ -1,7 +1,8 @@
-"""Training a denoiser: AdamW, EMA, eps loss with uniform or min-SNR weight, resume after a kill.
+"""Training a denoiser: AdamW, EMA, uniform or min-SNR weight, resume after a kill.
 
-Loss (Ho et al. 2020, eq. 14): E_{x_0, t, eps} w_t ||eps - eps_theta(x_t, t, c)||^2 with w = 1, or
-min(SNR_t, 5) / SNR_t for eps prediction (Hang et al. 2023, arXiv 2303.09556, min-SNR-5).
+Loss (Ho et al. 2020, eq. 14): E_{x_0, t, eps} w_t ||target - network(x_t, t, c)||^2, the target
+being eps, x_0 or v. w = 1, or that of min-SNR-5 (Hang et al. 2023, arXiv 2303.09556): min(SNR_t, 5)
+for x_0, over SNR_t for eps, over SNR_t + 1 for v.
 Every random draw of step i comes from `fold_in(key, i)` and every epoch's order from
 (seed, epoch), so a resumed run repeats an uninterrupted one.
 """
@@ -20,12 +21,22 @@ from tqdm import tqdm
 
 from mpqdiff import checkpoint
 from mpqdiff.denoiser import Denoise
-from mpqdiff.diffusion.process import q_sample, snr
+from mpqdiff.diffusion.process import q_sample, snr, velocity
 from mpqdiff.errors import InputError, unknown_name
+from mpqdiff.images import from_uint8
 
 LOSS_WEIGHTS = {
-    "uniform": lambda abar: jnp.ones_like(abar),
-    "min_snr": lambda abar: jnp.minimum(snr(abar), 5.0) / snr(abar),
+    "uniform": lambda abar, prediction_type: jnp.ones_like(abar),
+    "min_snr": lambda abar, prediction_type: (
+        jnp.minimum(snr(abar), 5.0) / SNR_SCALE[prediction_type](snr(abar))
+    ),
+}
+SNR_SCALE = {"eps": lambda ratio: ratio, "x_0": jnp.ones_like, "v": lambda ratio: ratio + 1.0}
+# What the network is trained to give, of x_0 and eps at t.
+TARGETS = {
+    "eps": lambda x_0, t, eps, abar: eps,
+    "x_0": lambda x_0, t, eps, abar: x_0,
+    "v": velocity,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -44,9 +55,22 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def make_step(denoise: Denoise, tx, *, alphas_cumprod, weights, dtype, ema_decay, null, dropout):
+def make_step(
+    denoise: Denoise,
+    tx,
+    *,
+    alphas_cumprod,
+    weights,
+    dtype,
+    ema_decay,
+    null,
+    dropout,
+    prediction_type="eps",
+):
     """The jitted update `(state, images [B,H,W,C] uint8, labels [B], key) -> (state, loss)`."""
     abar = jnp.asarray(alphas_cumprod)
+
+    target = TARGETS[prediction_type]
 
     def loss_fn(params, x_0, labels, key):
         key_t, key_eps, key_drop = jax.random.split(key, 3)
@@ -55,12 +79,12 @@ def make_step(denoise: Denoise, tx, *, alphas_cumprod, weights, dtype, ema_decay
         labels = jnp.where(jax.random.bernoulli(key_drop, dropout, labels.shape), null, labels)
         x_t = q_sample(x_0, t, eps, abar).astype(dtype)
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        error = denoise(cast, x_t, t, labels).eps.astype(jnp.float32) - eps
+        error = denoise(cast, x_t, t, labels).eps.astype(jnp.float32) - target(x_0, t, eps, abar)
         return jnp.mean(weights[t] * jnp.mean(error**2, axis=(1, 2, 3)))
 
     @partial(jax.jit, donate_argnums=0)
     def step_fn(state: TrainState, images, labels, key):
-        x_0 = images.astype(jnp.float32) / 127.5 - 1.0
+        x_0 = from_uint8(images)
         key = jax.random.fold_in(key, state.step)
         loss, grads = jax.value_and_grad(loss_fn)(state.params, x_0, labels, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -92,6 +116,7 @@ def train(
     label_dropout: float = 0.1,
     loss_weight: str = "uniform",
     dtype: str = "float32",
+    prediction_type: str = "eps",
     checkpoint_every: int = 500,
     log_every: int = 50,
 ) -> TrainState:
@@ -104,6 +129,8 @@ def train(
     """
     if loss_weight not in LOSS_WEIGHTS:
         raise unknown_name("loss weight", loss_weight, LOSS_WEIGHTS)
+    if prediction_type not in TARGETS:
+        raise unknown_name("prediction type", prediction_type, TARGETS)
     if dtype not in DTYPES:
         raise unknown_name("training dtype", dtype, DTYPES)
     if min(epochs, batch, checkpoint_every, log_every) < 1 or len(images) < batch:
@@ -123,11 +150,12 @@ def train(
         denoise,
         tx,
         alphas_cumprod=alphas_cumprod,
-        weights=LOSS_WEIGHTS[loss_weight](jnp.asarray(alphas_cumprod)),
+        weights=LOSS_WEIGHTS[loss_weight](jnp.asarray(alphas_cumprod), prediction_type),
         dtype=DTYPES[dtype],
         ema_decay=ema_decay,
         null=num_classes,
         dropout=label_dropout,
+        prediction_type=prediction_type,
     )
     # Copies, because each step donates its state and the caller may go on using `params`.
     own, ema = (jax.tree.map(jnp.array, params) for _ in range(2))

@@ -8,6 +8,7 @@ import jax
 
 from mpqdiff import data, models, weights
 from mpqdiff.artifacts import read_json, write_atomically, write_json
+from mpqdiff.conditioning import num_classes
 from mpqdiff.denoiser import from_linen
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
@@ -29,10 +30,11 @@ def run(config, workdir: Path, *, command: str) -> str:
         split="train",
     )
     shape = (module.image_size, module.image_size, module.channels)
-    if images.shape[1:] != shape or int(labels.max()) >= module.num_classes:
+    classes = num_classes(module)
+    if images.shape[1:] != shape or (classes and int(labels.max()) >= classes):
         raise InputError(
             f"data {config.data.name!r} has images {images.shape[1:]} and "
-            f"{int(labels.max()) + 1} classes; the model takes {shape} and {module.num_classes}"
+            f"{int(labels.max()) + 1} classes; the model takes {shape} and {classes}"
         )
     recipe = {name: config[name].to_dict() for name in ("train", "data", "model", "diffusion")} | {
         "seed": config.seed
@@ -42,15 +44,17 @@ def run(config, workdir: Path, *, command: str) -> str:
     write_json(workdir / "config.json", config.to_dict())
     # A key apart from the one that draws noise: training folds steps into key(seed).
     params = weights.initialise(module, jax.random.key(config.seed + 1))
+    d = config.diffusion
     state = train(
         from_linen(module),
         params,
         images,
         labels,
-        alphas_cumprod=alphas_cumprod(config.diffusion.schedule, config.diffusion.num_timesteps),
-        num_classes=module.num_classes,
+        alphas_cumprod=alphas_cumprod(d.schedule, d.num_timesteps, d.betas),
+        num_classes=classes or 0,
         folder=workdir,
         seed=config.seed,
+        prediction_type=d.prediction_type,
         **config.train.to_dict(),
     )
     path = workdir / "weights.safetensors"

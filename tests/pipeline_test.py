@@ -12,6 +12,7 @@ from mpqdiff import arms, pipeline, planning, weights
 from mpqdiff import models as model_list
 from mpqdiff.config import base, for_arm, smoke
 from mpqdiff.errors import InputError, VerificationError
+from mpqdiff.timesteps import edges
 
 MODEL = {"image_size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 1, "num_heads": 2,
          "num_classes": 3}  # fmt: skip
@@ -230,3 +231,28 @@ def test_an_arm_verifies_its_program_and_its_bytes(experiment):
 def test_random_weights_leave_no_parameter_at_zero():
     _, params, _ = pipeline.load_model(_config())
     assert all(np.count_nonzero(leaf) == leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_timesteps_of_an_arm_are_chosen_by_one_trajectory(tmp_path, weights_file):
+    """The Gram is taken once, and every number of steps is read off it."""
+    config = _config(diffusion__num_timesteps=12, diffusion__num_steps=4, timesteps__samples=3)
+    config.weights = weights_file
+    config.arms = {
+        "exact": {"timesteps": "shortest_path"},
+        "exact3": {"timesteps": "shortest_path", "num_steps": 3, "float": True},
+        "even": {"timesteps": "quadratic"},
+    }
+    experiment = pipeline.Experiment(config, tmp_path)
+    kept = {arm.name: arm.timesteps.tolist() for arm in arms.list_arms(experiment)}
+    assert kept["float"] == kept["plan"] == [11, 7, 4, 0]
+    assert len(kept["exact"]) == 4 and len(kept["exact3"]) == 3
+    assert sum(entry["stage"] == "gram" for entry in experiment.store.log) == 1
+    costs = edges.edge_costs(experiment.eps_gram, experiment.abar)
+    cost = {name: edges.path_cost(costs, np.array(kept[name]), np.arange(11, -1, -1))
+            for name in ("float", "exact", "even")}  # fmt: skip
+    assert cost["exact"] <= min(cost.values())
+
+
+def test_pruning_by_drift_is_refused_before_there_is_a_student(tmp_path):
+    with pytest.raises(InputError, match="drift of a quantised student"):
+        pipeline.Experiment(_config(timesteps__name="drift"), tmp_path)

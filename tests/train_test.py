@@ -14,7 +14,7 @@ import pytest
 from mpqdiff.denoiser import Prediction
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
-from mpqdiff.train import LOSS_WEIGHTS, epoch_order, train
+from mpqdiff.train import LOSS_WEIGHTS, TARGETS, epoch_order, train
 
 F, CLASSES = 10, 3
 ABAR = alphas_cumprod("linear", F)
@@ -36,7 +36,7 @@ def data(count=24):
     return images[labels], labels
 
 
-def run(folder, *, params=None, model=denoise, **changes):
+def run(folder, *, params=None, model=denoise, images=None, **changes):
     settings = {
         "epochs": 4,
         "batch": 8,
@@ -47,10 +47,12 @@ def run(folder, *, params=None, model=denoise, **changes):
         "seed": 0,
         **changes,
     }
+    given, labels = data()
     return train(
         model,
         start() if params is None else params,
-        *data(),
+        given if images is None else images,
+        labels,
         alphas_cumprod=ABAR,
         num_classes=CLASSES,
         folder=folder,
@@ -123,9 +125,32 @@ def test_every_step_draws_its_own_noise(tmp_path):
     assert len({entry["loss"] for entry in log(tmp_path)}) == 12
 
 
-def test_min_snr_weights_by_hand():
-    weight = LOSS_WEIGHTS["min_snr"](jnp.array([0.5, 10 / 11, 0.99]))
-    np.testing.assert_allclose(weight, [1.0, 0.5, 5 / 99], rtol=1e-4)
+@pytest.mark.parametrize(
+    ("prediction_type", "expected"),
+    [("eps", [1.0, 0.5, 5 / 99]), ("x_0", [1.0, 5.0, 5.0]), ("v", [0.5, 5 / 11, 0.05])],
+)
+def test_min_snr_weights_by_hand(prediction_type, expected):
+    weight = LOSS_WEIGHTS["min_snr"](jnp.array([0.5, 10 / 11, 0.99]), prediction_type)
+    np.testing.assert_allclose(weight, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "x_0", "v"])
+def test_a_perfect_network_of_each_prediction_type_has_no_loss(tmp_path, prediction_type):
+    """Images are all grey 0.0039, so x_0 is known, and eps and v follow from x_t."""
+    x_0 = 128 / 127.5 - 1.0
+
+    def perfect(params, x_t, t, labels):
+        abar = jnp.asarray(ABAR)[t][:, None, None, None]
+        eps = (x_t - jnp.sqrt(abar) * x_0) / jnp.sqrt(1 - abar)
+        v = jnp.sqrt(abar) * eps - jnp.sqrt(1 - abar) * x_0
+        given = {"eps": eps, "x_0": jnp.full_like(x_t, x_0), "v": v}[prediction_type]
+        return Prediction(given + 0.0 * params["gain"].sum())
+
+    grey = np.full((24, 2, 2, 1), 128, np.uint8)
+    for asked in TARGETS:
+        folder = tmp_path / asked
+        run(folder, model=perfect, images=grey, epochs=1, log_every=1, prediction_type=asked)
+        assert (log(folder)[0]["loss"] < 1e-6) == (asked == prediction_type)
 
 
 @pytest.mark.parametrize(("dropout", "moved"), [(0.0, [1, 1, 1, 0]), (1.0, [0, 0, 0, 1])])

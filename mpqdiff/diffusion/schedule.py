@@ -9,16 +9,17 @@ import numpy as np
 from mpqdiff.errors import InputError, unknown_name
 
 
-def linear(num_timesteps: int) -> np.ndarray:
-    """Betas from 1e-4 to 0.02 (scaled by 1000/F), the DDPM and DiT default. Returns [F]."""
+def linear(num_timesteps: int, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
+    """Betas from `start` to `end` (scaled by 1000/F): DDPM, ADM and DiT. Returns [F]."""
     scale = 1000.0 / num_timesteps
-    betas = np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), num_timesteps)
+    betas = np.linspace(scale * start, min(scale * end, 0.999), num_timesteps)
     return np.cumprod(1.0 - betas).astype(np.float32)
 
 
-def scaled_linear(num_timesteps: int) -> np.ndarray:
-    """sqrt(beta) linear from sqrt(8.5e-4) to sqrt(0.012): latent diffusion. Returns [F]."""
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, num_timesteps) ** 2
+def scaled_linear(num_timesteps: int, start: float = 0.00085, end: float = 0.012) -> np.ndarray:
+    """sqrt(beta) linear from sqrt(start) to sqrt(end): latent diffusion, the defaults those of
+    Stable Diffusion. Returns [F]."""
+    betas = np.linspace(start**0.5, end**0.5, num_timesteps) ** 2
     return np.cumprod(1.0 - betas).astype(np.float32)
 
 
@@ -33,13 +34,20 @@ def cosine(num_timesteps: int) -> np.ndarray:
 SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine}
 
 
-def alphas_cumprod(name: str, num_timesteps: int) -> np.ndarray:
+def alphas_cumprod(name: str, num_timesteps: int, betas=()) -> np.ndarray:
     """The schedule called `name` over `num_timesteps` steps: float32 [F].
 
-    Raises InputError for an unknown name or fewer than one step.
+    `betas`: (first, last) instead of the schedule's own. Raises InputError for an unknown name,
+    fewer than one step, or betas that are no increasing pair in (0, 1) or not taken by `cosine`.
     """
     if name not in SCHEDULES:
         raise unknown_name("noise schedule", name, SCHEDULES)
     if num_timesteps < 1:
         raise InputError(f"num_timesteps={num_timesteps}: a schedule needs at least 1 step")
-    return SCHEDULES[name](num_timesteps)
+    betas = tuple(betas)
+    if betas and (name == "cosine" or len(betas) != 2 or not 0 < betas[0] < betas[1] < 1):
+        raise InputError(
+            f"betas={betas} of schedule {name!r}: expected (first, last), 0 < first < last < 1, "
+            "and none for cosine"
+        )
+    return SCHEDULES[name](num_timesteps, *betas)

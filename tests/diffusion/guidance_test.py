@@ -21,7 +21,7 @@ def denoise(params, x_t, t, labels):
 def test_guided_noise_is_the_formula(scale, t):
     x_t = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 1)), jnp.float32)
     labels = jnp.array([0, 4, 2])
-    out = guide(denoise, scale=scale, null_label=NULL)(0.7, x_t, t, labels)
+    out = guide(denoise, scale=scale, null=NULL)(0.7, x_t, t, labels)
     conditional = denoise(0.7, x_t, t, labels)
     unconditional = denoise(0.7, x_t, t, jnp.full_like(labels, NULL))
     expected = unconditional.eps + scale * (conditional.eps - unconditional.eps)
@@ -30,10 +30,10 @@ def test_guided_noise_is_the_formula(scale, t):
 
 
 def test_scale_one_is_the_model_itself_at_one_call():
-    assert guide(denoise, scale=1.0, null_label=NULL) is denoise
+    assert guide(denoise, scale=1.0, null=NULL) is denoise
 
 
 def test_without_variance_there_is_none():
     bare = lambda *args: Prediction(denoise(*args).eps)  # noqa: E731
-    out = guide(bare, scale=2.0, null_label=NULL)(1.0, jnp.ones((1, 2, 2, 1)), 0, jnp.array([1]))
+    out = guide(bare, scale=2.0, null=NULL)(1.0, jnp.ones((1, 2, 2, 1)), 0, jnp.array([1]))
     assert out.log_variance is None

@@ -102,7 +102,7 @@ def test_guiding_before_or_after_the_conversion_is_the_same(prediction_type):
         return Prediction(jnp.tanh(x_t + labels[:, None, None, None]))
 
     x_t, _ = pair()
-    labels, options = jnp.arange(4), {"scale": 3.0, "null_label": 9}
+    labels, options = jnp.arange(4), {"scale": 3.0, "null": 9}
     before = predict_eps(guide(network, **options), prediction_type, ABAR)
     after = guide(predict_eps(network, prediction_type, ABAR), **options)
     np.testing.assert_allclose(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mpqdiff.record import centred_gram
+from mpqdiff.kernels.gram import gram as centred_gram
 from mpqdiff.sensitivity.orthogonality import orm
 
 

@@ -12,45 +12,13 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import Precision
 
 from mpqdiff import intercept
 from mpqdiff.denoiser import Denoise
 from mpqdiff.errors import InputError
+from mpqdiff.kernels.gram import gram as centred_gram
 from mpqdiff.records import Statistics
 from mpqdiff.sites import Site
-
-# Features centred and multiplied at once. The centred copy of a slice stays in cache, and the
-# memory it takes does not depend on the width of the activation.
-SLICE = 2048
-
-
-def centred_gram(x):
-    """x [N, ...] -> (Gram of the centred features [N,N], row sums of the raw Gram [N]).
-
-    Centring features rather than the Gram keeps float32 exact when the mean is large.
-    """
-    x = x.reshape(x.shape[0], -1)
-    features = x.shape[1]
-    whole = features // SLICE
-
-    def add(index, sums):
-        part = jax.lax.dynamic_slice_in_dim(x, index * SLICE, SLICE, axis=1)
-        return jax.tree.map(jnp.add, sums, _slice_gram(part))
-
-    sums = _slice_gram(x[:, whole * SLICE :])
-    if whole:
-        sums = jax.lax.fori_loop(0, whole, add, sums)
-    gram, row_sums = sums
-    return (gram + gram.T) / 2, row_sums
-
-
-def _slice_gram(x):
-    x = x.astype(jnp.float32)
-    mean = x.mean(axis=0)
-    centred = x - mean
-    gram = jnp.matmul(centred, centred.T, precision=Precision.HIGHEST)
-    return gram, x.shape[0] * jnp.matmul(x, mean, precision=Precision.HIGHEST)
 
 
 def _once_reduced(out, taken: dict):

@@ -10,6 +10,7 @@ import mpqdiff.record as recording
 from mpqdiff import intercept, models, sites, weights
 from mpqdiff.denoiser import Prediction, from_linen
 from mpqdiff.errors import InputError
+from mpqdiff.kernels.gram.xla import SLICE
 from mpqdiff.models.product import Product
 
 T, N = 3, 8
@@ -68,7 +69,7 @@ def oracle(x):
     return (x - x.mean(0)) @ (x - x.mean(0)).T, (x @ x.T).sum(1)
 
 
-@pytest.mark.parametrize("features", [1, 5, recording.SLICE, 2 * recording.SLICE + 7])
+@pytest.mark.parametrize("features", [1, 5, SLICE, 2 * SLICE + 7])
 def test_centred_gram_is_the_plain_one_whatever_the_width(features):
     x = np.random.default_rng(features).normal(size=(5, features)) + 3.0
     gram, row_sums = recording.centred_gram(jnp.asarray(x, jnp.float32))

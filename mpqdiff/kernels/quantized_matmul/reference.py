@@ -2,7 +2,10 @@
 
 import jax.numpy as jnp
 
+from mpqdiff.kernels.epilogue import finish
+from mpqdiff.kernels.quantize_activations.reference import token_scale
 from mpqdiff.quantize.numerics import qmax
+from mpqdiff.quantize.pack import container_bits, unpack
 
 
 def quantize(x, scale, zero_point, bits):
@@ -13,15 +16,18 @@ def quantize(x, scale, zero_point, bits):
     return jnp.clip(steps.astype(jnp.int32) + zero_point, -limit - 1, limit)
 
 
-def accumulate(xq, wq):
-    """xq [..., K] and wq [K,N], integers of any width -> int32 [..., N]."""
+def accumulate(xq, wq, *, w_bits=8):
+    """xq integers [..., K] and wq integers [K,N], packed below 8 bits -> int32 [..., N]."""
+    wq = wq if container_bits(w_bits) == 8 else unpack(wq, w_bits, (xq.shape[-1], wq.shape[-1]))
     return jnp.matmul(xq.astype(jnp.int32), wq.astype(jnp.int32))
 
 
-def quantized_matmul(x, weight, x_scale, x_zero_point, w_scale, w_colsum, bias, *, x_bits):
+def quantized_matmul(
+    x, weight, x_scale, x_zero_point, w_scale, w_colsum, bias, *, x_bits, w_bits, activation
+):
     """See the package. The zero point is subtracted from the integers themselves."""
     del w_colsum  # a shortcut of the fast form; here it follows from the definition
     zero = jnp.int32(0) if x_zero_point is None else x_zero_point.astype(jnp.int32)
-    total = accumulate(quantize(x, x_scale, zero, x_bits) - zero, weight)
-    y = total.astype(jnp.float32) * x_scale * w_scale
-    return y if bias is None else y + bias
+    scale = token_scale(x, x_bits) if x_scale is None else x_scale
+    total = accumulate(quantize(x, scale, zero, x_bits) - zero, weight, w_bits=w_bits)
+    return finish(total.astype(jnp.float32) * scale * w_scale, bias, activation)

@@ -9,14 +9,14 @@ from mpqdiff import weights
 from mpqdiff.artifacts import digest, tree_digest
 from mpqdiff.config import Config
 from mpqdiff.errors import InputError
-from mpqdiff.models import AutoencoderKL
+from mpqdiff.models import FirstStage
 from mpqdiff.recipe import random_model
 
 
 class Autoencoder(NamedTuple):
-    """A linen `AutoencoderKL`, its parameters, and their hash."""
+    """A linen `AutoencoderKL` or `VQModel`, its parameters, and their hash."""
 
-    module: AutoencoderKL
+    module: FirstStage
     params: Any
     hash: str
 
@@ -50,10 +50,11 @@ def load(config: Config, denoiser) -> Autoencoder | None:
         module, params, model = random_model("autoencoder_kl", kwargs, config.seed)
     else:
         module, params, model = weights.load(source)
-    if not isinstance(module, AutoencoderKL) or module.latent_channels != denoiser.channels:
+    if not isinstance(module, FirstStage) or module.latent_channels != denoiser.channels:
         channels = getattr(module, "latent_channels", "no")
         raise InputError(
             f"config.autoencoder.weights={source!r}: {model['name']} with {channels} latent "
-            f"channels; the denoiser needs an autoencoder_kl with {denoiser.channels}"
+            f"channels; the denoiser needs an autoencoder_kl or vq_model with "
+            f"{denoiser.channels}"
         )
     return Autoencoder(module, params, digest(tree_digest(params), model))

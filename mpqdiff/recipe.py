@@ -94,7 +94,7 @@ def load_model(config: Config):
     """
     if config.weights != "random":
         module, params, model = weights.load(config.weights)
-        if isinstance(module, models.AutoencoderKL):
+        if isinstance(module, models.FirstStage):
             raise InputError(
                 f"config.weights={config.weights!r} is an autoencoder: name it in "
                 "config.autoencoder.weights, and a denoiser here"

@@ -32,6 +32,7 @@ DATASETS = {
         10, (28, 28, 1), ("mpqdiff.data.fashion_mnist", "FashionMnist"), "1.0.0"
     ),
     "cifar10": Dataset(10, (32, 32, 3), ("mpqdiff.data.cifar10", "Cifar10"), "1.0.0"),
+    "cifar100": Dataset(100, (32, 32, 3), ("mpqdiff.data.cifar100", "Cifar100"), "1.0.0"),
 }
 SPLITS = ("train", "test")
 

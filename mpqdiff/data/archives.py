@@ -1,4 +1,4 @@
-"""The archives of Fashion-MNIST and CIFAR-10, read with gzip, lzma, tar and numpy alone.
+"""The archives of Fashion-MNIST, CIFAR-10 and CIFAR-100, read with gzip, lzma, tar and numpy alone.
 
 Every reader takes the paths of its files by name and gives `Examples` in the original order,
 after the sha256 of what it read was found right. It raises InputError where a file is missing,
@@ -58,11 +58,18 @@ CIFAR10_MEMBERS = {
     "train": tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
     "test": ("cifar-10-batches-bin/test_batch.bin",),
 }
+CIFAR100_BINARY = {
+    "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"
+}
+CIFAR100_MEMBERS = {
+    "train": ("cifar-100-binary/train.bin",),
+    "test": ("cifar-100-binary/test.bin",),
+}
 UNREADABLE = (
     OSError, EOFError, LookupError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error,
     zipfile.BadZipFile,
 )  # fmt: skip
-CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the planes of red, green and blue
+CIFAR_PIXELS = 3 * 32 * 32  # bytes: the planes of red, green and blue
 
 
 class Examples(NamedTuple):
@@ -114,17 +121,28 @@ def read_cifar10(files: Mapping[str, Path], split: str) -> Examples:
 
 def read_cifar10_binary(files: Mapping[str, Path], split: str) -> Examples:
     """`split` of the original `cifar-10-binary.tar.gz`; images [n,32,32,3] RGB, all exact."""
-    (name, sha256), *_ = CIFAR10_BINARY.items()
+    return _cifar(files, CIFAR10_BINARY, CIFAR10_MEMBERS[split], label_bytes=1)
+
+
+def read_cifar100(files: Mapping[str, Path], split: str) -> Examples:
+    """`split` of the original `cifar-100-binary.tar.gz`; images [n,32,32,3] RGB, all exact, and
+    the fine labels of 100 classes."""
+    return _cifar(files, CIFAR100_BINARY, CIFAR100_MEMBERS[split], label_bytes=2)
+
+
+def _cifar(files, sums: Mapping[str, str], members, label_bytes: int) -> Examples:
+    """Records of `label_bytes`, the last of which is the class, and CIFAR_PIXELS."""
+    ((name, sha256),) = sums.items()
     payload = _checked(files[name], sha256)
     try:
         with tarfile.open(fileobj=io.BytesIO(payload), mode="r:gz") as archive:
-            members = [archive.extractfile(member) for member in CIFAR10_MEMBERS[split]]
-            records = b"".join(member.read() for member in members if member is not None)
-        table = np.frombuffer(records, np.uint8).reshape(-1, CIFAR10_RECORD)
+            streams = [archive.extractfile(member) for member in members]
+            records = b"".join(stream.read() for stream in streams if stream is not None)
+        table = np.frombuffer(records, np.uint8).reshape(-1, label_bytes + CIFAR_PIXELS)
     except UNREADABLE as error:
         raise _corrupted(files[name], error) from error
-    images = table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels = table[:, 0].astype(np.int32)
+    images = table[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = table[:, label_bytes - 1].astype(np.int32)
     return Examples(np.ascontiguousarray(images), labels, np.zeros(len(labels), bool))
 
 

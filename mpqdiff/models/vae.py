@@ -1,7 +1,8 @@
-"""The autoencoder of latent models (Rombach et al. 2022, arXiv 2112.10752), plain Flax linen.
+"""The autoencoders of latent models (Rombach et al. 2022, arXiv 2112.10752), plain Flax linen.
 
-Images [B,H,W,3] in [-1, 1] to a normal distribution over latents [B,H/f,W/f,C] and back. Layer
-order follows diffusers' AutoencoderKL: f doubles between levels, attention only in the middle.
+Images [B,H,W,3] in [-1, 1] to latents [B,H/f,W/f,C] and back, by a normal distribution
+(`AutoencoderKL`) or a codebook (`VQModel`). Layer order follows diffusers: f doubles between
+levels, attention only in the middle.
 """
 
 from collections.abc import Sequence
@@ -76,12 +77,12 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B,H,W,C] to the two moments [B,H/f,W/f,2*latent]."""
+    """Images [B,H,W,C] to [B,H/f,W/f,outputs]."""
 
     widths: Sequence[int]
     layers: int
     groups: int
-    latent_channels: int
+    outputs: int
     attention: bool
 
     @nn.compact
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
                 x = nn.Conv(width, (3, 3), strides=(2, 2), padding=pads, name=name)(x)
         x = Middle(self.groups, self.attention, name="middle")(x)
         x = nn.silu(_norm(x, self.groups, "norm_out"))
-        return _conv(2 * self.latent_channels, "conv_out")(x)
+        return _conv(self.outputs, "conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -121,11 +122,11 @@ class Decoder(nn.Module):
         return _conv(self.channels, "conv_out")(nn.silu(_norm(x, self.groups, "norm_out")))
 
 
-class AutoencoderKL(nn.Module):
-    """Encoder and decoder; apply with `method="encode"`, `"decode"`, `"to_latents"`, `"to_images"`.
+class FirstStage(nn.Module):
+    """What every autoencoder of latents has: these fields, an `encoder` and a `decoder`.
 
-    A diffusion model sees latents as (z - shift_factor) * scaling_factor; `encode` and `decode`
-    are in the autoencoder's own units, `to_latents` and `to_images` in the diffusion model's.
+    Apply with `method="encode"`, `"decode"`, `"to_latents"`, `"to_images"`: the first two are in
+    the autoencoder's own units, the others in the diffusion model's.
     """
 
     channels: int = 3
@@ -134,27 +135,22 @@ class AutoencoderKL(nn.Module):
     layers: int = 2
     groups: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float = 0.0
-    quant_conv: bool = True
-    post_quant_conv: bool = True
     attention: bool = True
 
-    def setup(self):
-        widths, layers, groups = tuple(self.widths), self.layers, self.groups
-        self.encoder = Encoder(widths, layers, groups, self.latent_channels, self.attention)
-        self.decoder = Decoder(widths, layers, groups, self.channels, self.attention)
-        if self.quant_conv:
-            self.quant = nn.Conv(2 * self.latent_channels, (1, 1))
-        if self.post_quant_conv:
-            self.post_quant = nn.Conv(self.latent_channels, (1, 1))
+    @nn.nowrap
+    def sides(self, outputs: int) -> tuple[Encoder, Decoder]:
+        """(encoder, decoder), the encoder with so many outputs; for `setup`."""
+        sizes = tuple(self.widths), self.layers, self.groups
+        encoder = Encoder(*sizes, outputs, self.attention)
+        return encoder, Decoder(*sizes, self.channels, self.attention)
 
     @nn.nowrap
     def check(self) -> None:
         """InputError on widths that the groups do not divide, or on none."""
         if not self.widths or any(width <= 0 or width % self.groups for width in self.widths):
             raise InputError(
-                f"autoencoder_kl: widths={tuple(self.widths)} must be positive multiples of "
-                f"groups={self.groups}"
+                f"{type(self).__name__}: widths={tuple(self.widths)} must be positive multiples "
+                f"of groups={self.groups}"
             )
 
     @nn.nowrap
@@ -162,6 +158,21 @@ class AutoencoderKL(nn.Module):
         """(images,) of the least size, zeros: parameters depend on no size."""
         size = 2 ** (len(self.widths) - 1)
         return (jnp.zeros((1, size, size, self.channels)),)
+
+
+class AutoencoderKL(FirstStage):
+    """A diffusion model sees its latents as (z - shift_factor) * scaling_factor."""
+
+    shift_factor: float = 0.0
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+
+    def setup(self):
+        self.encoder, self.decoder = self.sides(2 * self.latent_channels)
+        if self.quant_conv:
+            self.quant = nn.Conv(2 * self.latent_channels, (1, 1))
+        if self.post_quant_conv:
+            self.post_quant = nn.Conv(self.latent_channels, (1, 1))
 
     def encode(self, images) -> Posterior:
         """Images [B,H,W,C] in [-1, 1] to the distribution of their latents."""
@@ -188,3 +199,52 @@ class AutoencoderKL(nn.Module):
     def __call__(self, images):
         """The reconstruction from the mean; touches every parameter."""
         return self.decode(self.encode(images).mean)
+
+
+class VQModel(FirstStage):
+    """Decodes the nearest codes of its latents; a diffusion model sees z * scaling_factor.
+
+    The defaults are those of the f=4 first stage, whose latents are not scaled.
+    """
+
+    latent_channels: int = 3
+    widths: Sequence[int] = (128, 256, 512)
+    scaling_factor: float = 1.0
+    num_codes: int = 8192
+
+    def setup(self):
+        channels = self.latent_channels
+        self.encoder, self.decoder = self.sides(channels)
+        self.quant = nn.Conv(channels, (1, 1))
+        self.post_quant = nn.Conv(channels, (1, 1))
+        start, shape = nn.initializers.normal(1 / self.num_codes), (self.num_codes, channels)
+        self.codebook = self.param("codebook", start, shape)
+
+    def encode(self, images):
+        """Images [B,H,W,C] in [-1, 1] to their latents before quantisation."""
+        return self.quant(self.encoder(images))
+
+    def quantise(self, z):
+        """The code nearest to each position of z [B,h,w,latent], the first of several."""
+        # Channel by channel, for XLA then fuses all of it into the argmin: the distances of an
+        # image to 8192 codes, never in memory, are larger than anything in the decoder.
+        distances = jnp.zeros(())
+        for channel in range(self.latent_channels):
+            distances += (z[..., channel, None] - self.codebook[:, channel]) ** 2
+        return self.codebook[jnp.argmin(distances, axis=-1)]
+
+    def decode(self, z):
+        """Latents [B,h,w,latent], quantised or not, in the autoencoder's units to images."""
+        return self.decoder(self.post_quant(self.quantise(z)))
+
+    def to_latents(self, images):
+        """What a diffusion model is trained on: scaled, not quantised."""
+        return self.encode(images) * self.scaling_factor
+
+    def to_images(self, latents):
+        """Images of a diffusion model's latents."""
+        return self.decode(latents / self.scaling_factor)
+
+    def __call__(self, images):
+        """The reconstruction; touches every parameter."""
+        return self.decode(self.encode(images))

@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL."""
+"""diffusers' AutoencoderKL and VQModel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,20 +8,31 @@ from mpqdiff.weights.mapping import Entry
 from mpqdiff.weights.torch_layers import changed, convolution, fused, linear, norm, resolve
 
 IGNORED: tuple[str, ...] = ()
-DEFAULTS = {
+SHARED = {
     "in_channels": 3,
     "out_channels": 3,
     "block_out_channels": [64],
     "layers_per_block": 1,
-    "latent_channels": 4,
     "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+}
+DEFAULTS = {
+    **SHARED,
+    "latent_channels": 4,
     "scaling_factor": 0.18215,
     "shift_factor": None,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
 }
 FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+VQ_DEFAULTS = {
+    **SHARED,
+    "latent_channels": 3,
+    "num_vq_embeddings": 256,
+    "vq_embed_dim": None,
+    "scaling_factor": 1.0,  # for its type: it has to be there
+}
+VQ_FIXED = {"act_fn": "silu", "norm_type": "group", "lookup_from_codebook": False}
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 # Of models.vae.AutoencoderKL.
 PLAIN = {"shift_factor": 0.0, "quant_conv": True, "post_quant_conv": True, "attention": True}
@@ -31,25 +42,57 @@ def module_kwargs(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `models.vae.AutoencoderKL`."""
     c = _resolved(config)
     kwargs = {
+        **_sizes(c),
+        "shift_factor": c["shift_factor"] or 0.0,
+        "quant_conv": c["use_quant_conv"],
+        "post_quant_conv": c["use_post_quant_conv"],
+    }
+    return changed(kwargs, PLAIN)
+
+
+def vq_kwargs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `models.vae.VQModel`.
+
+    Raises InputError where the scaling factor is missing, or the codes have another width than
+    the latents.
+    """
+    if "scaling_factor" not in config:
+        raise InputError(
+            "config.json has no scaling_factor: diffusers then takes 0.18215, but the VQ models of "
+            "latent diffusion were trained with 1.0; write into it what the denoiser was trained "
+            "with"
+        )
+    c = _resolved(config, VQ_DEFAULTS, VQ_FIXED)
+    if c["vq_embed_dim"] not in (None, c["latent_channels"]):
+        raise InputError(
+            f"config.json has vq_embed_dim={c['vq_embed_dim']}, supported: latent_channels="
+            f"{c['latent_channels']}"
+        )
+    return changed({**_sizes(c), "num_codes": c["num_vq_embeddings"]}, {"attention": True})
+
+
+def _sizes(c: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `models.vae.FirstStage`."""
+    return {
         "channels": c["in_channels"],
         "latent_channels": c["latent_channels"],
         "widths": list(c["block_out_channels"]),
         "layers": c["layers_per_block"],
         "groups": c["norm_num_groups"],
         "scaling_factor": c["scaling_factor"],
-        "shift_factor": c["shift_factor"] or 0.0,
-        "quant_conv": c["use_quant_conv"],
-        "post_quant_conv": c["use_post_quant_conv"],
         "attention": c["mid_block_add_attention"],
     }
-    return changed(kwargs, PLAIN)
 
 
-def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+def _resolved(
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any] = DEFAULTS,
+    fixed: Mapping[str, Any] = FIXED,
+) -> dict[str, Any]:
     given = dict(config)
     if "block_out_channels" in given:  # a tuple where the config was not read from JSON
         given["block_out_channels"] = list(given["block_out_channels"])
-    c = resolve(given, DEFAULTS, FIXED)
+    c = resolve(given, defaults, fixed)
     levels = len(c["block_out_channels"])
     for key, kind in BLOCKS.items():
         types = list(c.get(key, [kind] * levels))
@@ -67,11 +110,24 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def entries(config: Mapping[str, Any]) -> list[Entry]:
-    """Where each parameter comes from."""
+    """Where each parameter of an AutoencoderKL comes from."""
     c = _resolved(config)
-    widths, layers = c["block_out_channels"], c["layers_per_block"]
     found = [*convolution("quant", "quant_conv")] if c["use_quant_conv"] else []
     found += convolution("post_quant", "post_quant_conv") if c["use_post_quant_conv"] else []
+    return found + _sides(c)
+
+
+def vq_entries(config: Mapping[str, Any]) -> list[Entry]:
+    """Where each parameter of a VQModel comes from."""
+    found = convolution("quant", "quant_conv") + convolution("post_quant", "post_quant_conv")
+    found.append(Entry("codebook", ("quantize.embedding.weight",)))
+    return found + _sides(_resolved(config, VQ_DEFAULTS, VQ_FIXED))
+
+
+def _sides(c: Mapping[str, Any]) -> list[Entry]:
+    """Encoder and decoder."""
+    widths, layers = c["block_out_channels"], c["layers_per_block"]
+    found = []
     sides = (
         ("encoder", "down", "downsamplers", widths, layers),
         ("decoder", "up", "upsamplers", widths[::-1], layers + 1),

@@ -133,16 +133,77 @@ def test_binary_cifar_planes_become_channels(tmp_path, monkeypatch):
     images = rng.integers(0, 256, (5, 32, 32, 3), np.uint8)
     labels = np.asarray([9, 0, 3, 3, 7], np.uint8)
     path = tmp_path / "cifar-10-binary.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        for row, name in enumerate(archives.CIFAR10_MEMBERS["train"]):
-            payload = labels[row : row + 1].tobytes() + images[row].transpose(2, 0, 1).tobytes()
-            member = tarfile.TarInfo(name)
-            member.size = len(payload)
-            archive.addfile(member, io.BytesIO(payload))
-    monkeypatch.setitem(archives.CIFAR10_BINARY, path.name, sha256(path.read_bytes()))
+    members = {
+        name: labels[row : row + 1].tobytes() + images[row].transpose(2, 0, 1).tobytes()
+        for row, name in enumerate(archives.CIFAR10_MEMBERS["train"])
+    }
+    monkeypatch.setitem(archives.CIFAR10_BINARY, path.name, tar_of(path, members))
     examples = archives.read_cifar10_binary({path.name: path}, "train")
     np.testing.assert_array_equal(examples.images, images)
     np.testing.assert_array_equal(examples.labels, labels)
+
+
+def tar_of(path, members):
+    """A .tar.gz of {name: bytes}; gives its sha256."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, payload in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            archive.addfile(member, io.BytesIO(payload))
+    return sha256(path.read_bytes())
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    """(files, images, fine labels) of 5 training and 3 test records, in one archive."""
+    rng = np.random.default_rng(3)
+    images, fine = rng.integers(0, 256, (8, 32, 32, 3), np.uint8), rng.integers(0, 100, 8, np.uint8)
+    coarse = rng.integers(0, 20, 8, np.uint8)
+    planes = images.transpose(0, 3, 1, 2).reshape(8, -1)
+    records = np.concatenate([coarse[:, None], fine[:, None], planes], axis=1)
+    ((name, _),) = archives.CIFAR100_BINARY.items()
+    members = {
+        "cifar-100-binary/fine_label_names.txt": b"apple\n",
+        "cifar-100-binary/test.bin": records[5:].tobytes(),
+        "cifar-100-binary/train.bin": records[:5].tobytes(),
+    }
+    monkeypatch.setitem(archives.CIFAR100_BINARY, name, tar_of(tmp_path / name, members))
+    return {name: tmp_path / name}, images, fine
+
+
+@pytest.mark.parametrize(("split", "rows"), [("train", slice(5)), ("test", slice(5, 8))])
+def test_cifar100_records_give_fine_labels(cifar100, split, rows):
+    files, images, fine = cifar100
+    examples = archives.read_cifar100(files, split)
+    np.testing.assert_array_equal(examples.images, images[rows])
+    np.testing.assert_array_equal(examples.labels, fine[rows])
+    assert (examples.images.dtype, examples.labels.dtype) == (np.uint8, np.int32)
+    assert not examples.inexact.any()
+
+
+def test_another_cifar100_archive_is_an_input_error(cifar100):
+    files, *_ = cifar100
+    (path,) = files.values()
+    tar_of(path, {"cifar-100-binary/train.bin": bytes(3074)})
+    with pytest.raises(InputError, match=r"cifar-100-binary\.tar\.gz: sha256 is .* expected"):
+        archives.read_cifar100(files, "train")
+
+
+@pytest.mark.parametrize(
+    "members",
+    [{"cifar-100-binary/train.bin": bytes(3074 + 3073)}, {"cifar-100-binary/test.bin": b""}, None],
+)
+def test_a_damaged_cifar100_archive_is_an_input_error(cifar100, monkeypatch, members):
+    """Half a record, a member that is not there, a stream cut short."""
+    files, *_ = cifar100
+    ((name, path),) = files.items()
+    if members is None:
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        tar_of(path, members)
+    monkeypatch.setitem(archives.CIFAR100_BINARY, name, sha256(path.read_bytes()))
+    with pytest.raises(InputError, match=f"{name}: cannot be read"):
+        archives.read_cifar100(files, "train")
 
 
 @needs_data("fashion_mnist")

@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import http.server
+import io
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 from functools import partial
@@ -134,6 +136,28 @@ def test_import_and_load_need_no_tensorflow(folder, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_cifar100_from_its_archive(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    records = rng.integers(0, 100, (9, 2 + 3072), np.uint8)
+    ((name, _),) = archives.CIFAR100_BINARY.items()
+    path = tmp_path / "cifar100" / name
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as archive:
+        for split, rows in (("train", records[:6]), ("test", records[6:])):
+            member = tarfile.TarInfo(f"cifar-100-binary/{split}.bin")
+            member.size = rows.size
+            archive.addfile(member, io.BytesIO(rows.tobytes()))
+    load = partial(data.load, "cifar100", directory=tmp_path, cache=tmp_path / "cache")
+    with pytest.raises(InputError, match=r"cifar-100-binary\.tar\.gz: sha256"):
+        load()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(archives.CIFAR100_BINARY, name, sha256)
+    images, labels = load()
+    np.testing.assert_array_equal(labels, records[:6, 1])
+    np.testing.assert_array_equal(images[..., 2], records[:6, -1024:].reshape(-1, 32, 32))
+    assert len(load(split="test")[0]) == 3
+
+
 @pytest.fixture
 def host(folder, monkeypatch):
     """A local web server in the place of the originals' host; gives nothing when closed."""
@@ -202,7 +226,9 @@ def test_damage_to_the_cache_is_an_input_error(folder, tmp_path, damage):
 
 
 def test_unusable_names_and_folders(folder, tmp_path):
-    with pytest.raises(InputError, match="unknown data set 'mnist'; known: cifar10, fashion_mnist"):
+    with pytest.raises(
+        InputError, match="unknown data set 'mnist'; known: cifar10, cifar100, fash"
+    ):
         data.load("mnist", directory=folder, cache=tmp_path)
     with pytest.raises(InputError, match="unknown split 'valid'; known: test, train"):
         data.load("fashion_mnist", directory=folder, cache=tmp_path, split="valid")

@@ -30,5 +30,5 @@ def get_config(arg: str = ""):
     config.calibration.update(samples=16, timesteps=10, memory_gb=8.0)
     config.sample.update(num_images=64, batch=8)
     config.evaluate.features = ""
-    small = dict(image_size=8, widths=(8, 16), blocks_per_level=1, attention_levels=(1,), groups=4)
+    small = dict(image_size=8, widths=(8, 8), blocks_per_level=1, attention_levels=(1,), groups=4)
     return smoke(config, **small) if arg == "smoke" else config

@@ -41,5 +41,5 @@ def get_config(arg: str = ""):
             widths=(64, 128, 128, 128), condition="label", num_classes=10, num_heads=2
         )
         config.train.update(epochs=60, learning_rate=1e-3, warmup_steps=1000, ema_decay=0.999)
-    small = dict(image_size=8, widths=(8, 16), blocks_per_level=1, attention_levels=(1,), groups=4)
+    small = dict(image_size=8, widths=(8, 8), blocks_per_level=1, attention_levels=(1,), groups=4)
     return smoke(config, **small) if arg == "smoke" else config

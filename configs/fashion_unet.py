@@ -29,6 +29,7 @@ def get_config(arg: str = "0"):
         num_classes=10,
         scale_shift=True,
     )
+    config.plan.pins = (("conv_in|conv_out", 8), ("time/.*", 8))
     config.train.update(
         epochs=4,
         learning_rate=2e-3,
@@ -37,6 +38,6 @@ def get_config(arg: str = "0"):
         log_every=39,
     )
     if arg == "smoke":
-        return smoke(config)
+        return smoke(config, image_size=8, widths=(8, 8), attention_levels=(1,))
     config.seed = int(arg)
     return config

@@ -1,26 +1,30 @@
-"""MPQ-Diff (arXiv 2412.00144), the full experiment on the embedded Fashion-MNIST DiT.
+"""MPQ-Diff (arXiv 2412.00144), the full experiment on the embedded Fashion-MNIST models.
 
     mpqdiff run --config=configs/mpq_diff.py --workdir=runs/mpq_diff_seed0
     mpqdiff run --config=configs/mpq_diff.py:seed1 --workdir=runs/mpq_diff_seed1
+    mpqdiff run --config=configs/mpq_diff.py:unet --workdir=runs/mpq_diff_unet
 
 5 000 images per arm, 20-step DDIM, no guidance; all controls at the paper's point (1.165 x uniform
 4 bit), budgets from uniform 4 to uniform 8, and {2, 4, 8} below uniform 4. `:seed1` asks only the
-first question, of the second trained model. The tables are in docs/results.md, with the machine and
-the time it took. `:smoke` runs on random weights in seconds and publishes no metric.
+first question, of the second trained DiT, `:unet` of the U-Net, with 1 000 images. The tables are
+in docs/results.md, with the machine and the time it took. `:smoke` runs on random weights in seconds and publishes no metric.
 """
 
 from mpqdiff.config import base, smoke
 
 
 def get_config(arg: str = ""):
-    """`arg`: "", "seed1" (the second trained model) or "smoke"."""
-    if arg not in ("", "seed1", "smoke"):
-        raise ValueError(f"unknown argument {arg!r}; known: seed1, smoke")
+    """`arg`: "", "seed1" (the second trained DiT), "unet" or "smoke"."""
+    if arg not in ("", "seed1", "unet", "smoke"):
+        raise ValueError(f"unknown argument {arg!r}; known: seed1, unet, smoke")
     config = base()
     config.name = f"mpq_diff {arg}".strip()
-    config.weights = "fashion_dit_seed1" if arg == "seed1" else "fashion_dit"
-    config.sample.num_images = 5000
+    models = {"seed1": "fashion_dit_seed1", "unet": "fashion_unet"}
+    config.weights = models.get(arg, "fashion_dit")
+    config.sample.num_images = 1000 if arg == "unet" else 5000
     config.sample.batch = 250
+    if arg == "unet":
+        config.plan.pins = (("conv_in|conv_out", 8), ("time/.*", 8))
     config.evaluate.timing_rounds = 3
     arms = {
         "plan_aqt": {"backend": "aqt"},
@@ -41,7 +45,7 @@ def get_config(arg: str = ""):
         arms[f"uniform248_{100 * ratio:.0f}"] = {**below, "solver": "uniform"}
         output_error = {"score": "output_error", "solver": "greedy"}
         arms[f"output248_{100 * ratio:.0f}"] = below | output_error
-    if arg == "seed1":
+    if arg in ("seed1", "unet"):
         kept = ("uniform", "size_only", "output_error", "weight_error", "random_0", "random_1")
         arms = {name: arms[name] for name in kept}
     config.arms = arms

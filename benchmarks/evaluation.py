@@ -249,7 +249,17 @@ def peak(which: str, count: int, dimensions: int) -> float:
         parts = fidelity()
         rows = parts.torch.from_numpy(rng.standard_normal((count, dimensions), np.float32))
         parts.metric_fid.fid_features_to_statistics(rows)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return high_water() / 1e9
+
+
+def high_water() -> int:
+    """Bytes that this process has held at most. On Linux `ru_maxrss` would do but for a process
+    that another started: it begins with what that one held."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def peaks(count: int, dimensions: int, known: bool) -> None:

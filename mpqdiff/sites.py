@@ -35,6 +35,11 @@ class Site:
     tie: str
     pin: int | None = None
 
+    @property
+    def repeated(self) -> bool:
+        """Whether this is a further call of a module: its weights are held by the first."""
+        return self.path != module_path(self.path)
+
 
 @dataclass(frozen=True)
 class Remainder:
@@ -111,7 +116,8 @@ def _left(name: str, macs: int) -> Remainder:
 
 
 def module_path(path: str) -> str:
-    """The module path of a site path: without the call index of a repeated call."""
+    """The module path of a site path: without the call index of a repeated call. It is the path of
+    the first call, and what the module's weights are held by."""
     return path.split("#")[0]
 
 

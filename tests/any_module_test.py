@@ -4,7 +4,7 @@ None is shaped to the package: styles, layouts and transforms differ on purpose.
 """
 
 import re
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ from mpqdiff.records import Statistics
 
 WIDTHS = (4, 8, 5)
 STEPS = np.array([700, 20], np.int32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_effort():
+    """Compiling is most of the work here, and nothing is timed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def sinusoid(t, dim):
@@ -95,7 +103,7 @@ class UNet(nn.Module):
 
     def setup(self):
         self.stem = nn.Conv(4, kernel_size=[3, 3], padding="CIRCULAR")
-        self.blocks = [Block(4), Block(6), Block(4)]
+        self.blocks = [Block(4), Block(6)]
         self.shrink = nn.Conv(6, (3, 3), strides=(2, 2), padding=((1, 1), (0, 2)))
         self.grow = nn.ConvTranspose(4, (2, 2), strides=(2, 2))
         self.head = nn.Conv(self.channels, (3, 3), kernel_dilation=2)
@@ -106,7 +114,7 @@ class UNet(nn.Module):
         first = self.blocks[0](self.stem(images), emb)
         deep = self.blocks[1](self.shrink(first), emb)
         x = jnp.concatenate([self.grow(deep), first], -1)
-        return {"sample": self.head(self.blocks[2](x, emb))}
+        return {"sample": self.head(x)}
 
 
 def call_unet(module, x_t, t, cond):
@@ -122,10 +130,9 @@ class Mixer(nn.Module):
         n, height, width, channels = x_t.shape
         x = x_t.reshape(n, height * width, channels).transpose(1, 0, 2)
         x = nn.Dense(6)(x) + nn.Dense(6, name="time")(sinusoid(t, 4))
-        for index in range(2):
-            y = nn.DenseGeneral(height * width, axis=0, name=f"tokens_{index}")(x)  # [B,D,P]
-            x = x + jnp.moveaxis(nn.relu(y), -1, 0)
-            x = x + nn.DenseGeneral(6, axis=(-1,), name=f"channels_{index}")(x)
+        y = nn.DenseGeneral(height * width, axis=0, name="tokens")(x)  # [B,D,P]
+        x = x + jnp.moveaxis(nn.relu(y), -1, 0)
+        x = x + nn.DenseGeneral(6, axis=(-1,), name="channels")(x)
         return nn.Dense(channels, name="out")(x).transpose(1, 0, 2).reshape(x_t.shape)
 
 
@@ -290,7 +297,8 @@ class Window(nn.Module):
         s = self.size
         w = x.reshape(n, height // s, s, width // s, s, d).transpose(0, 1, 3, 2, 4, 5)
         w = w.reshape(-1, s * s, d)  # windows folded into the batch
-        q, k, v = (LowRank(nn.Dense(d, name=name), name=f"lora_{name}")(w) for name in "qkv")
+        q = LowRank(nn.Dense(d, name="q"), name="lora_q")(w)
+        k, v = (nn.Dense(d, name=name)(w) for name in "kv")
         w = nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
         w = w.reshape(n, height // s, width // s, s, s, d).transpose(0, 1, 3, 2, 4, 5)
         return x + w.reshape(x.shape)
@@ -332,16 +340,21 @@ TEXT = {
 # module, condition, how it is called, sites with weights, why products are left in float.
 MODULES = {
     "scanned": (ScannedDiT(), LABEL, None, 2 + 2 * 7, {"grouped"}),
-    "unet": (UNet(2), None, call_unet, 2 + 3 * 3, {"transposed", "dilated"}),
-    "mixer": (Mixer(), None, None, 7, set()),
+    "unet": (UNet(2), None, call_unet, 2 + 2 * 3, {"transposed", "dilated"}),
+    "mixer": (Mixer(), None, None, 5, set()),
     "raw": (Raw(), None, None, 6, set()),
     "albert": (Albert(), None, None, 8, set()),
     "experts": (Experts(), None, None, 5, {"batched", "branch", "loop", "constant"}),
     "wavenet": (WaveNet(), None, None, 4, {"dilated", "grouped"}),
     "half": (Half(), TEXT, call_half, 4, set()),
-    "swin": (Swin(), None, None, 4 + 2 * 9, set()),
+    "swin": (Swin(), None, None, 4 + 2 * 5, set()),
     "recurrent": (Recurrent(), None, None, 4 + 3 + 4, {"parameters"}),
 }
+
+
+# One for each kind of form: dense and product, repeated calls, a convolution over one axis,
+# bfloat16.
+SIMULATED = {"scanned", "albert", "wavenet", "half"}
 
 
 class Case:
@@ -368,26 +381,47 @@ class Case:
         self.sites, self.remainder = sites.list_sites(self.denoise, self.params, *self.first)
 
     @cached_property
+    def ran(self):
+        """eps of the denoiser and of the module itself, and what is recorded, from one program."""
+        one = record.one_timestep(self.denoise, self.chosen, grams=False)
+
+        def run(params, variables):
+            own = self.apply(variables, self.x, self.t, self.cond)
+            eps = self.denoise(params, self.x, np.int32(20), self.cond).eps
+            own = own.eps if isinstance(own, Prediction) else own
+            return eps, own, one(params, self.x, self.t, self.cond)
+
+        return jax.tree.map(np.asarray, jax.jit(run)(self.params, self.variables))
+
+    @property
     def eps(self):
-        return np.asarray(self.run(self.denoise, self.params).eps)
+        return self.ran[0]
+
+    @property
+    def chosen(self):
+        return sites.planned(self.sites, products=True)
 
     def run(self, denoise, params):
         return jax.jit(denoise)(params, self.x, np.int32(20), self.cond)
 
 
-@pytest.fixture(scope="module", params=MODULES)
-def case(request):
-    module, cond, call, count, reasons = MODULES[request.param]
+@cache
+def case_of(name: str) -> Case:
+    module, cond, call, count, reasons = MODULES[name]
     found = Case(module, cond, call)
-    found.count, found.reasons = count, reasons
+    found.name, found.count, found.reasons = name, count, reasons
     return found
 
 
+@pytest.fixture(scope="module", params=MODULES)
+def case(request):
+    return case_of(request.param)
+
+
 def test_the_denoiser_is_the_module(case):
-    expected = jax.jit(case.apply)(case.variables, case.x, case.t, case.cond)
-    expected = expected.eps if isinstance(expected, Prediction) else expected
+    eps, expected, _ = case.ran
     half = "first" in case.params  # bfloat16: a sum in another order is another number
-    np.testing.assert_allclose(case.eps, expected, rtol=1e-4, atol=2e-2 if half else 1e-5)
+    np.testing.assert_allclose(eps, expected, rtol=1e-4, atol=2e-2 if half else 1e-5)
     assert np.abs(expected).max() > 0.05
 
 
@@ -402,11 +436,10 @@ def test_every_product_is_a_site_or_listed_with_the_reason(case):
 
 
 def planned(case):
-    """(plan, sites, table, asymmetric flags, tensors): widths in turn, ranges as recorded."""
-    chosen = sites.planned(case.sites, products=True)
-    one = jax.jit(record.one_timestep(case.denoise, chosen, grams=False))
-    rows = [one(case.params, case.x, np.full(4, t, np.int32), case.cond) for t in STEPS]
-    low, high = (np.stack([row[end] for row in rows]) for end in ("input_min", "input_max"))
+    """(plan, sites, table, asymmetric flags, tensors): widths in turn, ranges as recorded at the
+    last step, twice as wide at the first."""
+    chosen, taken = case.chosen, case.ran[2]
+    low, high = (np.stack([2 * taken[end], taken[end]]) for end in ("input_min", "input_max"))
     stats = Statistics(STEPS, None, None, None, None, None, low, high)
     turns = {tie: i for i, tie in enumerate(dict.fromkeys(s.tie for s in chosen if s.parameters))}
     plan = Plan(
@@ -430,13 +463,6 @@ def test_a_plan_of_mixed_widths_runs_in_integers_as_simulated(case):
     operands = case.x, np.int32(20), case.cond
     compiled = jax.jit(model.denoise).lower(model.params, *operands).compile()
     integer = np.asarray(compiled(model.params, *operands).eps)
-
-    choices = [(bits, 8) for bits in sorted(WIDTHS)]
-    net = simulate.supernet(case.params, chosen, choices, {8: table}, flags, clip="absmax")
-    picked = [choices.index((plan.w_bits[s.path] or 8, 8)) for s in chosen]
-    simulated = simulate.simulated_denoise(case.denoise, chosen, choices)
-    given = {**net, "choice": np.array(picked, np.int32)}
-    np.testing.assert_allclose(integer, case.run(simulated, given).eps, rtol=1e-3, atol=1e-3)
     error = np.linalg.norm(integer - case.eps) / np.linalg.norm(case.eps)
     assert 1e-3 < error < 0.6  # quantised, and a model of what it was
 
@@ -448,6 +474,15 @@ def test_a_plan_of_mixed_widths_runs_in_integers_as_simulated(case):
     execution = verify.read(compiled, images=[case.x.shape])
     assert len(plan.integer(chosen)) == len(chosen) >= case.count
     assert not verify.check(execution, chosen, promised_bytes=promised, passed_bytes=model.bytes)
+    if case.name not in SIMULATED:
+        return
+
+    choices = [(bits, 8) for bits in sorted(WIDTHS)]
+    net = simulate.supernet(case.params, chosen, choices, {8: table}, flags, clip="absmax")
+    picked = [choices.index((plan.w_bits[s.path] or 8, 8)) for s in chosen]
+    simulated = simulate.simulated_denoise(case.denoise, chosen, choices)
+    given = {**net, "choice": np.array(picked, np.int32)}
+    np.testing.assert_allclose(integer, case.run(simulated, given).eps, rtol=1e-3, atol=1e-3)
 
 
 def test_every_site_can_be_recorded_and_priced(case):
@@ -466,13 +501,14 @@ def test_every_site_can_be_recorded_and_priced(case):
 
 def test_the_guide_runs(monkeypatch):
     """The block of docs/extend.md, on the scanned model: from a module to a verified plan."""
-    text = (Path(__file__).parents[1] / "docs" / "extend.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "extend.md").read_text().split("### In Python")[1]
     block = re.findall(r"```python\n(.*?)```", text, re.S)[0]
-    case = Case(ScannedDiT(), LABEL)
+    case = case_of("scanned")
+    one_layer = jax.tree.map(lambda leaf: leaf[:1], case.variables["params"]["layers"])
     rng = np.random.default_rng(1)
     names: dict[str, Any] = {
-        "module": ScannedDiT(),
-        "variables": case.variables,
+        "module": ScannedDiT(depth=1),
+        "variables": {"params": {**case.variables["params"], "layers": one_layer}},
         "x_ts": rng.standard_normal((2, *case.x.shape)).astype(np.float32),
         "timesteps": STEPS,
         "cond": LABEL,
@@ -486,10 +522,10 @@ def test_the_guide_runs(monkeypatch):
 
 
 def test_samples_are_the_first_axis_whatever_the_layout():
-    case = Case(Mixer())
+    case = case_of("mixer")
     chosen = {site.path for site in case.sites if not site.path.startswith("time")}
-    observed = mpqdiff.observe(
-        case.denoise, lambda path, m, k, args, out: out if path in chosen else None
+    observed = jax.jit(
+        mpqdiff.observe(case.denoise, lambda path, m, k, args, out: out if path in chosen else None)
     )
     _, one = observed(case.params, case.x, np.int32(20), None)
     _, other = observed(case.params, case.x[::-1], np.int32(20), None)
@@ -512,7 +548,7 @@ def test_our_own_models_have_the_sites_that_interception_finds():
 
 
 def test_a_parameter_is_held_once_per_way_of_reading_it():
-    case = Case(Albert())
+    case = case_of("albert")
     held = jax.tree.map(np.shape, case.params)
     assert held["table"]["kernel"] == (2, 6) and held["table~1"]["kernel"] == (6, 2)
     ties = [site.tie for site in case.sites]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import sys
 import types
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 
-from mpqdiff import models, weights  # noqa: E402
+from mpqdiff import cli, models, weights  # noqa: E402
 from mpqdiff.errors import InputError  # noqa: E402
 from mpqdiff.weights import convert as converting  # noqa: E402
 from mpqdiff.weights import diffusers_dit, facebook_dit  # noqa: E402
@@ -52,6 +53,9 @@ def tensors():
                 rng.normal(size=shape).astype(np.float32).transpose(order)
             )
     return state
+
+
+OUTS = {"file": "out/w.safetensors", "Orbax": "out/w/"}
 
 
 @pytest.fixture
@@ -137,13 +141,133 @@ def test_every_form_of_a_source_gives_the_same(folder, tensors, form):
         np.testing.assert_allclose(got[name], expected[name], rtol=tolerance, err_msg=name)
 
 
-def refused(folder, match, given=None, **kwargs):
-    """The source is refused, and the output folder stays as empty as it was."""
+def test_an_orbax_folder_holds_what_the_file_does(folder, tmp_path):
     source, out = folder
-    with pytest.raises(InputError, match=match) as raised:
-        convert(str(given or source), out, **kwargs)
-    assert list(out.parent.iterdir()) == []
-    return str(raised.value)
+    convert(str(source), out)
+    line = convert(str(source), f"{tmp_path}/out/w/")
+    assert f"{tmp_path}/out/w: diffusers_dit, " in line
+    names = ["w", "w.json", "w.safetensors"]
+    assert sorted(file.name for file in out.parent.iterdir()) == names
+    assert sorted(file.name for file in (tmp_path / "out" / "w").iterdir()) == [
+        "model.json",
+        "params",
+    ]
+    assert (tmp_path / "out/w/model.json").read_text() == out.with_suffix(".json").read_text()
+    (module, params, model), (other, held, said) = (
+        weights.load(str(path)) for path in (out, tmp_path / "out" / "w")
+    )
+    assert (module, model) == (other, said)
+    assert {leaf.dtype for leaf in jax.tree.leaves(held)} == {np.dtype(np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, held, params)
+
+
+def damaged(file, data=None):
+    """`file` cut to half, or holding `data`."""
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if data is None else data)
+
+
+# Orbax leaves the reads behind the first that failed to an event loop that it has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_orbax_folder_that_is_damaged(folder, tmp_path):
+    source, _ = folder
+
+    def fresh():
+        at = tmp_path / "out" / "w"
+        shutil.rmtree(at, ignore_errors=True)
+        convert(str(source), f"{at}/")
+        return at
+
+    at = fresh()
+    (data,) = (at / "params" / "d").iterdir()
+    for file in (data, at / "params" / "_METADATA", at / "params" / "manifest.ocdbt"):
+        kept = file.read_bytes()
+        damaged(file)
+        with pytest.raises(InputError, match=f"weights {at}: cut short or damaged"):
+            weights.load(str(at))
+        file.write_bytes(kept)
+    weights.load(str(at))
+    damaged(at / "model.json", b"{")
+    with pytest.raises(InputError, match="cut short or damaged"):
+        weights.load(str(at))
+    damaged(at / "model.json", b"[]")
+    with pytest.raises(InputError, match=r"model is \[\], expected"):
+        weights.load(str(at))
+    (at / "model.json").unlink()
+    with pytest.raises(InputError, match=r"a folder without model.json; .*--out=FOLDER/"):
+        weights.load(str(at))
+    with pytest.raises(InputError, match=r"w/ is there already: delete it"):
+        convert(str(source), f"{at}/")
+
+
+def refused(folder, match, given=None, **kwargs):
+    """The source is refused, as a file and as a folder, and where they would be stays empty."""
+    source, out = folder
+    said = []
+    for form in OUTS.values():
+        with pytest.raises(InputError, match=match) as raised:
+            convert(str(given or source), f"{out.parent.parent}/{form}", **kwargs)
+        assert list(out.parent.iterdir()) == []
+        said.append(str(raised.value))
+    assert len(set(said)) == 1
+    return said[0]
+
+
+BAD_SOURCES = {
+    "code": "holds more than tensors",
+    "another architecture": "keys missing from the source",
+    "half overflow": "overflowed in half precision",
+    "cut short": "cut short or damaged",
+    "NaN": "NaN or infinite",
+    "shape": "1 shapes that differ",
+}
+
+
+def spoil(what, source, tensors):
+    """The source with one fault; returns what to convert."""
+    file = weights_file(source)
+    if what == "code":
+        file = source / "evil.pt"
+        torch.save({**as_torch(tensors), "extra": Dangerous()}, file)
+        return file
+    if what == "another architecture":
+        (source / "config.json").write_text(json.dumps({**CONFIG, "num_layers": 2}))
+    elif what == "cut short":
+        damaged(file)
+    elif what == "half overflow":
+        with np.errstate(over="ignore"):
+            half = {key: (value * 1e6).astype(np.float16) for key, value in tensors.items()}
+        save_file(half, file)
+    else:
+        bad = tensors[POISONED][1:].copy() if what == "shape" else tensors[POISONED] * np.nan
+        save_file({**tensors, POISONED: bad}, file)
+    return source
+
+
+@pytest.mark.parametrize("form", OUTS)
+@pytest.mark.parametrize("what", BAD_SOURCES)
+def test_the_command_exits_with_2_and_leaves_nothing(
+    folder, tensors, what, form, monkeypatch, capsys
+):
+    monkeypatch.setenv("MPQDIFF_TEST_MARK", str(folder[0].parent / "ran"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    given = spoil(what, folder[0], tensors)
+    before = sorted(path.name for path in folder[0].parent.iterdir())
+    out = f"{folder[0].parent}/{OUTS[form]}"
+    assert cli.main(["convert", f"--source={given}", f"--out={out}"]) == 2
+    said = capsys.readouterr()
+    assert BAD_SOURCES[what] in said.err and str(given) in said.err and not said.out
+    assert sorted(path.name for path in folder[0].parent.iterdir()) == before
+    assert list(folder[1].parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", OUTS)
+def test_the_command_writes_either_form(folder, form, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    out = f"{folder[0].parent}/{OUTS[form]}"
+    assert cli.main(["convert", f"--source={folder[0]}", f"--out={out}"]) == 0
+    assert "diffusers_dit" in capsys.readouterr().out
+    assert weights.load(out)[2]["name"] == "dit"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
@@ -278,6 +402,8 @@ def test_outputs_that_cannot_be(folder, tmp_path):
     for bad, message in (
         (out.with_suffix(".npz"), "ending in .safetensors"),
         (tmp_path / "none" / "w.safetensors", "there is no folder"),
+        (f"{tmp_path}/none/w/", "there is no folder"),
+        (out.with_suffix(""), r"or a folder's ending in / \(Orbax\)"),
     ):
         with pytest.raises(InputError, match=message):
             convert(str(source), bad)
@@ -287,18 +413,51 @@ def test_outputs_that_cannot_be(folder, tmp_path):
     assert weights_file(source).read_bytes() == before
 
 
+def test_tensors_are_written_as_they_are_made(folder, monkeypatch):
+    """When the last is made, the others are in the file: memory never holds them all."""
+    source, out = folder
+    seen, whole = [], converting.mapping.make
+
+    def watched(state, entries, shapes):
+        for path, value in whole(state, entries, shapes):
+            partial = out.parent / f".{out.name}.partial"
+            seen.append(partial.stat().st_size)
+            yield path, value
+
+    monkeypatch.setattr(converting.mapping, "make", watched)
+    convert(str(source), out)
+    assert seen[-1] > 0.5 * out.stat().st_size and sorted(seen)[0] < 0.1 * out.stat().st_size
+
+
 def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
     source, out = folder
     out.write_text("older")
 
-    def full(*_):
+    def full(path, *_):
+        if path.suffix == ".partial" and "safetensors" in path.name:
+            path.write_text("half")
+        else:
+            path.mkdir()
+            (path / "params").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(converting, "_stream", full)
-    with pytest.raises(OSError, match="No space"):
-        convert(str(source), out)
+    monkeypatch.setattr(converting.tensors, "write", full)
+    monkeypatch.setattr(converting.folder, "save", full)
+    for form in (str(out), f"{out.parent}/w/"):
+        with pytest.raises(OSError, match="No space"):
+            convert(str(source), form)
     assert [file.name for file in out.parent.iterdir()] == ["w.safetensors"]
     assert out.read_text() == "older"
+
+
+def test_what_a_killed_run_left_is_cleared(folder):
+    source, out = folder
+    left = out.parent / ".w.partial"
+    (left / "params").mkdir(parents=True)
+    (left / "params" / "x").write_text("half")
+    convert(str(source), f"{out.parent}/w/")
+    assert [file.name for file in out.parent.iterdir()] == ["w"]
+    weights.load(str(out.parent / "w"))
 
 
 def test_the_state_is_read_when_asked_for(folder):

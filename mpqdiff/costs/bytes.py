@@ -3,7 +3,8 @@
 On the device: packed weights (widths 2, 4, 8; others in the next one up), a float32 scale per
 output channel, the float32 bias, and, where the activation is asymmetric, an int32 column sum per
 output channel for the zero-point correction. In the file every width is bit-packed, and column
-sums are not stored: they follow from the weights.
+sums are not stored: they follow from the weights. All of it is held once, by the first call of a
+module: a further call takes nothing.
 """
 
 from mpqdiff.quantize.pack import packed_bytes
@@ -18,10 +19,14 @@ def _out(site: Site) -> int:
 
 
 def device_bytes(site: Site, bits: int, asymmetric: bool) -> int:
-    """Bytes passed to the compiled program for `site` at `bits`; 0 for a product.
+    """Bytes passed to the compiled program for `site` at `bits`; 0 for a product and for a repeated
+    call.
 
-    FLOAT_BITS is a site kept in float: its float32 kernel and bias.
+    FLOAT_BITS is a site kept in float: its float32 kernel and bias. `asymmetric` is the same for
+    all calls of a module (`activations.lopsided`).
     """
+    if site.repeated:
+        return 0
     if bits == FLOAT_BITS or not site.parameters:
         return FLOAT * (site.parameters + site.bias)
     rows = site.parameters // _out(site)
@@ -30,8 +35,8 @@ def device_bytes(site: Site, bits: int, asymmetric: bool) -> int:
 
 
 def file_bytes(site: Site, bits: int, asymmetric: bool) -> int:
-    """Bytes of `site` in the saved file, bit-packed; 0 for a product."""
-    if bits == FLOAT_BITS or not site.parameters:
+    """Bytes of `site` in the saved file, bit-packed; 0 for a product and for a repeated call."""
+    if bits == FLOAT_BITS or not site.parameters or site.repeated:
         return device_bytes(site, bits, asymmetric)
     return -(-site.parameters * bits // 8) + FLOAT * (_out(site) + site.bias)
 

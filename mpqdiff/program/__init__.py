@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors as flax_errors
 from flax import traverse_util
+from jax.core import Tracer
 
 from mpqdiff import intercept
 from mpqdiff.denoiser import Denoise, Prediction
@@ -92,6 +93,7 @@ class _Traced:
             variables = {"params": variables}
         self.module, self.call = module, call
         self.t_shape = jnp.shape(t)
+        self.programs: dict[tuple, tuple] = {}
         self.places = {}
         self.leaves = {}
         for place, leaf in traverse_util.flatten_dict(dict(variables)).items():
@@ -142,10 +144,23 @@ class _Traced:
             )
 
     def trace(self, x_t, t, cond):
-        """(closed jaxpr, structure of its outputs) of a call with such operands."""
-        operands = map(_shapes, (x_t, t, cond))
-        closed, out = jax.make_jaxpr(self.apply, return_shape=True)(self.shapes, *operands)
-        return closed, jax.tree.structure(out)
+        """(closed jaxpr, structure of its outputs) of a call with such operands; traced once."""
+        operands = tuple(map(_shapes, (x_t, t, cond)))
+        leaves, structure = jax.tree.flatten(operands)
+        key = (
+            structure,
+            tuple((leaf.shape, leaf.dtype) for leaf in leaves),
+            jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
+            jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        if key not in self.programs:
+            closed, out = jax.make_jaxpr(self.apply, return_shape=True)(self.shapes, *operands)
+            found = closed, jax.tree.structure(out)
+            # A constant of a trace around this one would outlive it.
+            if any(isinstance(value, Tracer) for value in closed.consts):
+                return found
+            self.programs[key] = found
+        return self.programs[key]
 
     def run(self, leaf, product, x_t, t, cond) -> Prediction:
         """The call, step by step: `leaf(name)` reads a parameter, `product` as in `walk`."""

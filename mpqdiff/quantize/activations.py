@@ -16,7 +16,7 @@ from mpqdiff.errors import unknown_name
 from mpqdiff.plan import MODES
 from mpqdiff.quantize.numerics import activation_scale, is_lopsided
 from mpqdiff.records import Statistics
-from mpqdiff.sites import Site
+from mpqdiff.sites import Site, module_path
 
 
 class Table(NamedTuple):
@@ -33,14 +33,17 @@ class Table(NamedTuple):
 def lopsided(stats: Statistics, sites: Sequence[Site]) -> list[bool]:
     """[L]: whether a site's activation has a range that is better served asymmetrically.
 
-    One answer for all timesteps, from the range over all of them. Products stay symmetric:
-    correcting for two zero points would cost two further reductions of activations.
+    One answer for all timesteps, from the range over all of them, and for all calls of a module,
+    from any of them: they share column sums. Products stay symmetric: correcting for two zero
+    points would cost two further reductions of activations.
     """
     low, high = np.min(stats.input_min[..., 0], 0), np.max(stats.input_max[..., 0], 0)
-    return [
-        site.kind != "product" and bool(is_lopsided(low[i], high[i]))
+    found = {
+        module_path(site.path)
         for i, site in enumerate(sites)
-    ]
+        if site.kind != "product" and bool(is_lopsided(low[i], high[i]))
+    }
+    return [module_path(site.path) in found for site in sites]
 
 
 def columns(sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ convolution is the product of its patches: gathered in float and quantised with 
 padding is real zero, that is, the zero point.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class QuantizedModel(NamedTuple):
     """`params` (what is passed to the device), `denoise(params, x_t, t, cond)`, and the widths.
 
     params = {"float": remaining float leaves, "sites": {path: {qvalue, scale, ...}},
-    "steps": Table}.
+    "steps": Table}; a module that is called several times is held once, by its first path.
     """
 
     params: Any
@@ -98,20 +98,55 @@ def quantize(
     *,
     clip: str = "mse",
 ) -> dict[str, dict]:
-    """The integer tensors of every site with weights that `plan` quantises, unpacked, on host."""
+    """The integer tensors of every module that `plan` quantises, by its first path, on the host and
+    unpacked.
+
+    Raises InputError where the calls of one module have different widths.
+    """
+    return dict(stream(params, sites, plan, asymmetric, clip=clip))
+
+
+def stream(
+    params, sites: Sequence[Site], plan: Plan, asymmetric: Sequence[bool], *, clip: str = "mse"
+) -> Iterator[tuple[str, dict]]:
+    """What `quantize` gives, one (path, tensors) after the other: `store.save` packs each as it
+    comes, so that the integers are never there all at once."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    decided = {site.path for site in plan.integer(sites)}
-    return {
-        site.path: site_tensors(
-            flat[f"{module_path(site.path)}/kernel"],
-            flat.get(f"{module_path(site.path)}/bias"),
-            plan.width(site.path),
-            asymmetric=flag,
-            clip=clip,
+    lopsided: dict[str, bool] = {}
+    for site, flag in zip(sites, asymmetric, strict=True):
+        path = module_path(site.path)
+        lopsided[path] = lopsided.get(path, False) or bool(flag)
+    for path, bits in _widths(plan, sites).items():
+        yield (
+            path,
+            site_tensors(
+                flat[f"{path}/kernel"],
+                flat.get(f"{path}/bias"),
+                bits,
+                asymmetric=lopsided[path],
+                clip=clip,
+            ),
         )
-        for site, flag in zip(sites, asymmetric, strict=True)
-        if site.parameters and site.path in decided
-    }
+
+
+def _widths(plan: Plan, sites: Sequence[Site]) -> dict[str, int]:
+    """The width of every module that `plan` quantises, by its first path, in order.
+
+    Raises InputError where its calls differ, in their widths or in being quantised at all.
+    """
+    decided = {site.path for site in plan.integer(sites)}
+    found: dict[str, int | None] = {}
+    for site in sites:
+        if not site.parameters:
+            continue
+        path = module_path(site.path)
+        bits = plan.width(site.path) if site.path in decided else None
+        if found.setdefault(path, bits) != bits:
+            raise InputError(
+                f"sites {path!r} and {site.path!r} read the same weights, which are held once: "
+                f"w_bits {found[path]} and {bits}; give both the same"
+            )
+    return {path: bits for path, bits in found.items() if bits is not None}
 
 
 def build(
@@ -119,7 +154,7 @@ def build(
     params,
     sites: Sequence[Site],
     plan: Plan,
-    tensors: dict[str, dict],
+    tensors: Mapping[str, dict],
     steps: Table,
     *,
     backend: str = "kernels",
@@ -153,6 +188,7 @@ def integer_denoise(
     a_bits: dict[str, Any],
 ) -> Denoise:
     """`denoise` over params = {"float", "sites", "steps"}, in integers where `a_bits` has widths.
+    `unpackers` are by module, as params["sites"] are.
 
     The row of the activation table is looked up once per call, by t, and bound to the sites: the
     interceptor itself does not see the step.
@@ -169,11 +205,11 @@ def integer_denoise(
                 site,
                 module,
                 args,
-                params["sites"].get(site.path),
+                params["sites"].get(module_path(site.path)),
                 row,
                 columns[site.path],
                 a_bits[site.path],
-                open_=unpackers.get(site.path),
+                open_=unpackers.get(module_path(site.path)),
                 matmul=matmul,
             )
 

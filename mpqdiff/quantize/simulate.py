@@ -45,24 +45,30 @@ def supernet(
 
     {"float": `params`, "sites": {path: {qvalue int8 [W,K,N], scale [W,N], colsum int32 [W,N] where
     `asymmetric`, bias [N] where there is one}}, "steps": Table of leaves [A,...]} over the W weight
-    and A activation widths of `choices`, ascending. `tables` holds the activation table of each
-    activation width. Raises InputError on choices that no site can take and on a missing table.
+    and A activation widths of `choices`, ascending; calls of one module share their arrays.
+    `tables` holds the activation table of each activation width. Raises InputError on choices that
+    no site can take and on a missing table.
     """
     w_bits, a_bits = widths(choices)
     missing = [bits for bits in a_bits if bits not in tables]
     if missing:
         raise InputError(f"no activation table for {missing} bits; got those of {list(tables)}")
     flat = traverse_util.flatten_dict(params, sep="/")
-    held = {}
-    for site, flag in zip(sites, asymmetric, strict=True):
+    held: dict[str, dict] = {}
+    flags = list(zip(sites, asymmetric, strict=True))
+    lopsided = {module_path(site.path) for site, flag in flags if flag}
+    for site in sites:
         if not site.parameters:
             continue
         base = module_path(site.path)
+        if site.repeated and base in held:
+            held[site.path] = held[base]
+            continue
         kernel = flat[f"{base}/kernel"]
         pairs = [quantize_kernel(kernel, bits, clip=clip) for bits in w_bits]
         qvalue = jnp.stack([q.reshape(-1, q.shape[-1]) for q, _ in pairs])
         held[site.path] = {"qvalue": qvalue, "scale": jnp.stack([scale for _, scale in pairs])}
-        if flag:
+        if base in lopsided:
             held[site.path]["colsum"] = jax.vmap(column_sums)(qvalue)
         if f"{base}/bias" in flat:
             held[site.path]["bias"] = flat[f"{base}/bias"]

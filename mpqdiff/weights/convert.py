@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,9 @@ from mpqdiff.weights import (
     diffusers_unet,
     diffusers_vae,
     facebook_dit,
+    folder,
     mapping,
+    tensors,
 )
 from mpqdiff.weights.hub import download
 from mpqdiff.weights.source import Source, open_source
@@ -76,6 +80,12 @@ CONVERTERS = {
         diffusers_vae.entries,
         lambda config: diffusers_vae.IGNORED,
     ),
+    "diffusers_vq": Converter(
+        "vq_model",
+        diffusers_vae.vq_kwargs,
+        diffusers_vae.vq_entries,
+        lambda config: diffusers_vae.IGNORED,
+    ),
     "diffusers_unet": Converter(
         "unet",
         diffusers_unet.module_kwargs,
@@ -104,6 +114,7 @@ CLASSES = {
     "PixArtTransformer2DModel": "diffusers_pixart",
     "Transformer2DModel ada_norm_single": "diffusers_pixart",
     "AutoencoderKL": "diffusers_vae",
+    "VQModel": "diffusers_vq",
     "UNet2DModel": "diffusers_unet",
     "UNet2DConditionModel": "diffusers_unet",
 }
@@ -122,16 +133,28 @@ OLD_NAMES = {
 }
 
 
-def convert(source: str, out: str | Path, *, kind: str = "", hub: bool = False) -> str:
-    """Write `source` (a file or folder; with `hub` a repository's name) to `out`, a .safetensors
-    file that `weights.load` reads, and a JSON description beside it. Returns what became of the
-    source's keys. `kind`: one of CONVERTERS, where the source should not be asked.
+class Filling(NamedTuple):
+    """A model as a source fills it: its description, the shapes of its parameters by path, and the
+    parameters one by one, each made when it is asked for."""
 
+    model: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    tensors: Iterator[tuple[str, np.ndarray]]
+    coverage: mapping.Coverage
+
+
+def convert(source: str, out: str | Path, *, kind: str = "", hub: bool = False) -> str:
+    """Write `source` (a file or folder; with `hub` a repository's name) to `out`, which
+    `weights.load` reads. Returns what became of the source's keys.
+
+    `out`: a name ending in .safetensors (beside it comes a JSON description), or in "/" (a folder
+    with an Orbax checkpoint and the description). `kind`: one of CONVERTERS, where the source
+    should not be asked. The file is written tensor by tensor; Orbax takes all of them at once.
     Raises InputError, with nothing written, when the source is damaged, of another architecture,
     or holds values that are not finite.
     """
-    out = Path(out)
-    _check_out(out)
+    as_folder, out = str(out).endswith("/"), Path(out)
+    _check_out(out, as_folder)
     opened = open_source(download(source) if hub else source)
     if opened.path.resolve() == out.resolve():
         raise InputError(f"--out={out} is the source itself: name another file")
@@ -139,20 +162,20 @@ def convert(source: str, out: str | Path, *, kind: str = "", hub: bool = False) 
         kind = kind or detect(opened)
         if kind not in CONVERTERS:
             raise unknown_name("converter", kind, CONVERTERS)
-        model, params, coverage = filled(opened, CONVERTERS[kind])
+        found = filled(opened, CONVERTERS[kind])
+        record = {
+            "model": found.model,
+            "source": str(source),
+            "kind": kind,
+            "parameters": sum(map(prod, found.shapes.values())),
+            "tensors_used": found.coverage.used,
+            "tensors_left_out": list(found.coverage.left_out),
+        }
+        (write_folder if as_folder else write)(out, found, record)
     except InputError as error:
         raise InputError(f"source {source}: {error}") from error
-    record = {
-        "model": model,
-        "source": str(source),
-        "kind": kind,
-        "parameters": sum(leaf.size for leaf in params.values()),
-        "tensors_used": coverage.used,
-        "tensors_left_out": list(coverage.left_out),
-    }
-    write(out, params, record)
     note = CONVERTERS[kind].note
-    return f"{out}: {kind}, {record['parameters']} parameters; {coverage.line()}" + (
+    return f"{out}: {kind}, {record['parameters']} parameters; {found.coverage.line()}" + (
         f". Note: {note}" if note else ""
     )
 
@@ -175,11 +198,9 @@ def detect(opened: Source) -> str:
     )
 
 
-def filled(
-    opened: Source, converter: Converter
-) -> tuple[dict[str, Any], dict[str, np.ndarray], mapping.Coverage]:
-    """(model description, {path: array}, coverage). Raises InputError on anything that does not
-    fit."""
+def filled(opened: Source, converter: Converter) -> Filling:
+    """Raises InputError on names that do not fit; making the tensors raises what `mapping.make`
+    does."""
     state, config = opened.state, opened.config
     if converter.describe:
         config = converter.describe(state, config)
@@ -194,10 +215,9 @@ def filled(
     made = jax.eval_shape(lambda key: initialise(module, key), jax.random.key(0))
     flat: dict[str, Any] = traverse_util.flatten_dict(made, sep="/")
     shapes = {path: leaf.shape for path, leaf in flat.items()}
-    params, coverage = mapping.fill(
-        state, converter.entries(config), shapes, ignored=converter.ignored(config)
-    )
-    return model, params, coverage
+    entries = list(converter.entries(config))
+    coverage = mapping.match(state, entries, shapes, ignored=converter.ignored(config))
+    return Filling(model, shapes, mapping.make(state, entries, shapes), coverage)
 
 
 def _modern(key: str) -> str:
@@ -206,22 +226,27 @@ def _modern(key: str) -> str:
     return key
 
 
-def _check_out(out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out={out}: expected a file name ending in .safetensors")
+def _check_out(out: Path, as_folder: bool) -> None:
+    if not as_folder and out.suffix != ".safetensors":
+        raise InputError(
+            f"--out={out}: expected a file name ending in .safetensors, or a folder's ending in / "
+            "(Orbax)"
+        )
     if not out.parent.is_dir():
         raise InputError(f"--out={out}: there is no folder {out.parent}")
+    if as_folder and out.exists():
+        raise InputError(f"--out={out}/ is there already: delete it or name another folder")
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: name a file")
 
 
-def write(out: Path, params: dict[str, np.ndarray], record: dict[str, Any]) -> None:
-    """`out` and the JSON beside it, both or neither. `params` is emptied: each tensor is let go
-    once it is on disk."""
+def write(out: Path, found: Filling, record: dict[str, Any]) -> None:
+    """`out` and the JSON beside it, both or neither, float32."""
     partial, described = (out.with_name(f".{out.name}{end}.partial") for end in ("", ".json"))
+    layouts = {path: tensors.Layout(shape) for path, shape in found.shapes.items()}
     try:
         described.write_text(json.dumps(record, indent=1) + "\n")
-        _stream(partial, params, {"model": json.dumps(record["model"])})
+        tensors.write(partial, layouts, found.tensors, {"model": json.dumps(record["model"])})
         os.replace(partial, out)
         os.replace(described, out.with_suffix(".json"))
     finally:
@@ -229,17 +254,14 @@ def write(out: Path, params: dict[str, np.ndarray], record: dict[str, Any]) -> N
         described.unlink(missing_ok=True)
 
 
-def _stream(path: Path, params: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """The safetensors format, float32: eight bytes for the header's length, the header with every
-    tensor's place, the tensors one after the other."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, leaf in params.items():
-        start, end = end, end + 4 * leaf.size
-        header[name] = {"dtype": "F32", "shape": leaf.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in list(params):
-            np.ascontiguousarray(params.pop(name), "<f4").tofile(file)
+def write_folder(out: Path, found: Filling, record: dict[str, Any]) -> None:
+    """The folder `out`, whole or not at all."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        # Orbax would copy a view, such as a transposed kernel, and keep both.
+        params = {path: np.ascontiguousarray(value) for path, value in found.tensors}
+        folder.save(partial, params, record)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,11 +1,11 @@
 """Filling a model's parameters from another code base's state dict, with every key accounted for.
 
-A converter lists entries: which parameter comes from which source keys, and how. `fill` checks that
-every source key is used or named as left out, that every parameter is filled, and that shapes
-agree; whatever is missing, unexpected or wrongly shaped is named.
+A converter lists entries: which parameter comes from which source keys, and how. `match` checks
+that every source key is used or named as left out and that every parameter is filled, `make` that
+shapes agree and values are finite; whatever is missing, unexpected or wrongly shaped is named.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -54,21 +54,34 @@ def fill(
     *,
     ignored: Iterable[str] = (),
 ) -> tuple[dict[str, np.ndarray], Coverage]:
-    """({path: float32 array}, coverage) of a model whose parameters have `shapes` by path.
+    """({path: float32 array}, coverage): `match`, then all that `make` gives."""
+    entries = list(entries)
+    coverage = match(state, entries, shapes, ignored=ignored)
+    return dict(make(state, entries, shapes)), coverage
 
-    `state` may be lazy: each key is read once, when its parameter is made. `ignored` are patterns
-    (fnmatch) of keys that the model has no use for. Raises InputError naming the source keys that
-    are missing or unexpected, the parameters left unfilled, and the shapes that differ.
+
+def match(
+    state: Collection[str],
+    entries: Sequence[Entry],
+    targets: Collection[str],
+    *,
+    ignored: Iterable[str] = (),
+) -> Coverage:
+    """What becomes of the keys of `state`; no tensor is read.
+
+    `targets` are the paths of the model's parameters, `ignored` patterns (fnmatch) of keys that it
+    has no use for. Raises InputError naming the source keys that are missing or unexpected, and the
+    parameters left unfilled.
     """
-    entries, patterns = list(entries), tuple(ignored)
+    patterns = tuple(ignored)
     wanted = {key for entry in entries for key in entry.sources}
     missing = sorted(wanted - set(state))
     unused = sorted(set(state) - wanted)
     left_out = tuple(k for k in unused if any(fnmatchcase(k, pattern) for pattern in patterns))
     unexpected = sorted(set(unused) - set(left_out))
-    targets = [entry.target for entry in entries]
-    unfilled = sorted(set(shapes) - set(targets))
-    unknown = sorted(set(targets) - set(shapes))
+    filled = {entry.target for entry in entries}
+    unfilled = sorted(set(targets) - filled)
+    unknown = sorted(filled - set(targets))
     problems = {
         "keys missing from the source": missing,
         "unexpected source keys": unexpected,
@@ -76,7 +89,21 @@ def fill(
         "parameters that the model lacks": unknown,
     }
     _refuse({what: names for what, names in problems.items() if names})
-    params, wrong = {}, []
+    return Coverage(len(wanted), left_out)
+
+
+def make(
+    state: Mapping[str, np.ndarray],
+    entries: Iterable[Entry],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, float32 array) of one parameter after the other; `state` may be lazy, and each key is
+    read when its parameter is made.
+
+    Raises InputError on values that are not finite, and at the end naming the shapes that differ
+    from `shapes` (by path), which are not given out.
+    """
+    wrong = []
     for entry in entries:
         arrays = [np.asarray(state[key], np.float32) for key in entry.sources]
         value = entry.make(*arrays) if entry.make else arrays[0]
@@ -91,9 +118,8 @@ def fill(
                 f"{', '.join(entry.sources)}: values that are NaN or infinite; the file is "
                 "damaged, or overflowed in half precision"
             )
-        params[entry.target] = value
+        yield entry.target, value
     _refuse({"shapes that differ": wrong} if wrong else {})
-    return params, Coverage(len(wanted), left_out)
 
 
 def _refuse(problems: dict[str, list[str]]) -> None:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by name once this is imported)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from mpqdiff.errors import InputError
+from mpqdiff.weights import tensors
 
 SAFETENSORS, PICKLES = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("ema", "state_dict", "model")  # of training checkpoints, the one to use first
@@ -122,14 +123,13 @@ def _sharded(path: Path) -> State:
 
 def _safetensors(path: Path) -> State:
     try:
-        file = safe_open(path, framework="numpy")
-        keys = list(file.keys())
+        keys, _ = tensors.describe(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"source {path}: cut short or damaged ({error})") from error
 
     def read(key):
         try:
-            return file.get_tensor(key)
+            return tensors.read(path, key)
         except (SafetensorError, OSError, TypeError) as error:
             raise InputError(f"source {path}: {key} cannot be read ({error})") from error
 
@@ -159,11 +159,11 @@ def _pickled(path: Path) -> State:
         tensor = tensor.detach()
         return (tensor if tensor.dtype == torch.float32 else tensor.float()).numpy()
 
-    tensors = _unwrapped(loaded, torch.is_tensor)
-    other = [key for key, value in tensors.items() if not torch.is_tensor(value)]
+    held = _unwrapped(loaded, torch.is_tensor)
+    other = [key for key, value in held.items() if not torch.is_tensor(value)]
     if other:
         raise InputError(f"source {path}: {other[0]!r} is not a tensor; expected a state dict")
-    return State({key: lambda tensor=tensor: read(tensor) for key, tensor in tensors.items()})
+    return State({key: lambda tensor=tensor: read(tensor) for key, tensor in held.items()})
 
 
 def _unwrapped(loaded, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:

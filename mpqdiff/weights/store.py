@@ -1,7 +1,8 @@
 """Weights as safetensors (float16 or float32 on disk, float32 in memory) with their own model.
 
 The file's metadata holds the model's name and arguments, so a weights file is enough to rebuild
-the network. Embedded files live in `zoo/`, each with a model card of the same name.
+the network. A folder that `convert` wrote with Orbax serves as well (`folder`). Embedded files live
+in `zoo/`, each with a model card of the same name.
 """
 
 import json
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mpqdiff import models
 from mpqdiff.errors import InputError
+from mpqdiff.models import named
+from mpqdiff.weights import folder, tensors
 
 ZOO = Path(__file__).parent / "zoo"
 
@@ -39,41 +42,61 @@ def save(path: Path, params, *, model: dict, dtype=np.float16) -> None:
     os.replace(partial, path)
 
 
-def load(source: str):
-    """(module, params, model description) of a zoo name or a path to a safetensors file.
+def load(source: str, *, own: str = ""):
+    """(module, params, model description) of a zoo name, a safetensors file, or a folder that
+    `convert` wrote.
 
-    Raises InputError when the file is missing, cut short, names no model or an unknown one, holds
-    NaN, or does not fit its model.
+    `own` is the one "package.module:ClassName" that may be imported for the file's model: a name
+    in a file alone runs no code. Raises InputError when the file is missing, cut short, names no
+    model, an unknown or another one, holds NaN, or does not fit its model.
     """
     path = ZOO / f"{source}.safetensors"
     if not path.exists():
         path = Path(source)
-    if not path.is_file():
-        known = sorted(card.stem for card in ZOO.glob("*_dit*.safetensors"))
+    if path.is_dir():
+        flat, record = folder.load(path)
+        said = record.get("model") if isinstance(record, dict) else record
+    elif path.is_file():
+        flat, said = _file(path)
+    else:
+        known = sorted({file.stem for file in ZOO.glob("*.safetensors")} - {"fashion_classifier"})
         raise InputError(
             f"weights {source!r}: no such file; embedded weights: {', '.join(known) or 'none'}"
         )
     try:
-        with safe_open(path, framework="numpy") as stored:
-            metadata = stored.metadata() or {}
-            flat = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
+        model: Any = said
+        name, kwargs = model["name"], dict(model["kwargs"])
+        own_model = named.is_named(name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"weights {path}: the metadata's model is {said!r}, expected "
+            '{"name": ..., "kwargs": {...}}'
+        ) from error
+    if own_model and name != own:
+        raise InputError(
+            f"weights {path}: they are for {name!r}, code that a file may not choose to run: set "
+            f"config.model.name to it if it is yours (it is {own or 'not given'!r})"
+        )
+    module = models.build(name, **kwargs)
+    check(module, flat, str(path))
+    return module, traverse_util.unflatten_dict(flat, sep="/"), model
+
+
+def _file(path: Path) -> tuple[dict[str, np.ndarray], Any]:
+    """({name: float32 array}, what the metadata says of the model), read tensor by tensor."""
+    try:
+        names, metadata = tensors.describe(path)
+        flat = {name: tensors.read(path, name).astype(np.float32, copy=False) for name in names}
+    except (SafetensorError, OSError, TypeError) as error:
         raise InputError(f"weights {path}: cut short or damaged ({error})") from error
     if "model" not in metadata:
         raise InputError(
             f"weights {path}: the file's metadata names no model; save it with mpqdiff.weights.save"
         )
     try:
-        model = json.loads(metadata["model"])
-        name, kwargs = model["name"], dict(model["kwargs"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"weights {path}: the metadata's model is {metadata['model']!r}, expected "
-            '{"name": ..., "kwargs": {...}}'
-        ) from error
-    module = models.build(name, **kwargs)
-    check(module, flat, str(path))
-    return module, traverse_util.unflatten_dict(flat, sep="/"), model
+        return flat, json.loads(metadata["model"])
+    except ValueError:
+        return flat, metadata["model"]
 
 
 def initialise(module, key):

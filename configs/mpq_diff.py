@@ -7,7 +7,8 @@
 5 000 images per arm, 20-step DDIM, no guidance; all controls at the paper's point (1.165 x uniform
 4 bit), budgets from uniform 4 to uniform 8, and {2, 4, 8} below uniform 4. `:seed1` asks only the
 first question, of the second trained DiT, `:unet` of the U-Net, with 1 000 images. The tables are
-in docs/results.md, with the machine and the time it took. `:smoke` runs on random weights in seconds and publishes no metric.
+in docs/results.md, with the machine and the time it took. `:smoke` runs on random weights in
+seconds and publishes no metric.
 """
 
 from mpqdiff.config import base, smoke

@@ -24,7 +24,7 @@ from mpqdiff.images import to_uint8
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import store
-from mpqdiff.quantize.apply import build, float_leaves, quantize
+from mpqdiff.quantize.apply import build, float_leaves, stream
 
 
 class Arm:
@@ -63,11 +63,10 @@ class Arm:
         steps = experiment.table(self.config, plan.a_bits)
 
         def compute(folder):
-            tensors = quantize(
+            tensors = stream(
                 experiment.params,
                 experiment.sites,
                 plan,
-                steps,
                 experiment.asymmetric(self.config),
                 clip=self.config.quantize.clip,
             )

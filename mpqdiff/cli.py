@@ -212,7 +212,9 @@ def _evaluate(config, workdir, command, *, images, reference, features, out, fid
 
 def _convert(config, workdir, command, *, source, out, kind, hub):
     if not source or not out:
-        raise InputError("convert needs --source=FILE or folder, and --out=FILE.safetensors")
+        raise InputError(
+            "convert needs --source=FILE or folder, and --out=FILE.safetensors or FOLDER/ (Orbax)"
+        )
     from mpqdiff.weights import convert
 
     print(convert.convert(source, out, kind=kind, hub=hub))
@@ -255,7 +257,7 @@ FLAGS = {
     },
     "convert": {
         "source": (flags.DEFINE_string, "", "a checkpoint, or a diffusers folder"),
-        "out": (flags.DEFINE_string, "", "the .safetensors to write"),
+        "out": (flags.DEFINE_string, "", "the .safetensors to write, or FOLDER/ (Orbax)"),
         "kind": (flags.DEFINE_string, "", "the architecture, where it is not told by the source"),
         "hub": (flags.DEFINE_bool, False, "the source is a repository of the Hugging Face hub"),
     },
@@ -305,8 +307,9 @@ verbs:
   plan      stages up to plan.json
   sample    sample with workdir/plan.json
   evaluate  metrics of all arms (runs what is missing), or of --images, without a model
-  convert   a checkpoint of another code base (--source) as --out=FILE.safetensors, every key
-            accounted for; --kind names its architecture, --hub reads the Hugging Face hub
+  convert   a checkpoint of another code base (--source) as --out=FILE.safetensors, or FOLDER/
+            for Orbax, every key accounted for; --kind names its architecture, --hub reads the
+            Hugging Face hub
   verify    prove from the compiled program that workdir/plan.json ran as planned
   report    write report.html again (runs what is missing)
   bench     bench NAME [options]: a benchmark of the source tree, its table of ratios

@@ -147,7 +147,7 @@ def site_row(site, planned: list[str], time_only) -> dict:
         "path": site.path,
         "kind": site.kind,
         "shape": list(site.shape),
-        "parameters": site.parameters,
+        "parameters": site.stored,
         "macs": site.macs,
         "pinned": site.pin,
         "time_only": None if index is None or time_only is None else bool(time_only[index]),

@@ -65,8 +65,8 @@ def _point(problem: Problem, allocation: Allocation, budgets, sites: Sequence[Si
     w_bits, a_bits = (
         np.asarray(bits)[chosen].tolist() for bits in (problem.w_bits, problem.a_bits)
     )
-    weights = max(sum(site.parameters for site in sites), 1)
-    average = sum(site.parameters * w for site, w in zip(sites, w_bits, strict=True)) / weights
+    weights = max(sum(site.stored for site in sites), 1)
+    average = sum(site.stored * w for site, w in zip(sites, w_bits, strict=True)) / weights
     chosen_bits = zip(sites, w_bits, a_bits, strict=True)
     point = {
         "budgets": _by_name(problem, budgets),

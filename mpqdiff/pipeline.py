@@ -21,7 +21,7 @@ from mpqdiff import conditioning, latents, record, timesteps
 from mpqdiff import sites as site_list
 from mpqdiff.artifacts import Store, chunked, digest, load_arrays, save_arrays, tree_digest
 from mpqdiff.config import Config
-from mpqdiff.denoiser import Denoise, from_linen
+from mpqdiff.denoiser import Denoise
 from mpqdiff.diffusion.guidance import guide
 from mpqdiff.diffusion.process import predict_eps
 from mpqdiff.diffusion.samplers import (
@@ -33,6 +33,7 @@ from mpqdiff.diffusion.samplers import (
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
 from mpqdiff.plan import Plan, with_choices
+from mpqdiff.program.configured import denoiser
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.numerics import BITS
 from mpqdiff.recipe import check_features, check_names, load_model, recipes
@@ -59,10 +60,11 @@ class Experiment:
         self.store = Store(workdir)
         self.module, self.params, self.model = load_model(config)
         self.model_hash = digest(tree_digest(self.params), self.model)
-        self.denoise: Denoise = from_linen(self.module)
         size, channels = self.module.image_size, self.module.channels
         self.image_shape: tuple[int, int, int] = (size, size, channels)
         self.conditions = conditioning.load(config, self.module)
+        self.denoise: Denoise
+        self.denoise, self.params = denoiser(self.module, self.params, *self.input_shapes(2))
         found, self.remainder = site_list.list_sites(
             self.denoise, self.params, *self.input_shapes(1)
         )

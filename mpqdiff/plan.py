@@ -71,8 +71,8 @@ def runs_in_integers(a_bits: Any) -> bool:
 def average_bits(plan: Plan, sites: Sequence[Site]) -> float:
     """Mean stored width over all site weights; a site left in float counts 32."""
     weights = [site for site in sites if site.parameters]
-    total = sum(site.parameters * (plan.w_bits[site.path] or FLOAT_BITS) for site in weights)
-    return total / sum(site.parameters for site in weights)
+    total = sum(site.stored * (plan.w_bits[site.path] or FLOAT_BITS) for site in weights)
+    return total / sum(site.stored for site in weights)
 
 
 def to_json(plan: Plan) -> dict:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from mpqdiff import conditioning, pipeline
 from mpqdiff import sites as site_list
 from mpqdiff.costs import legal_choices, list_choices
-from mpqdiff.denoiser import from_linen
 from mpqdiff.outcome import site_row
+from mpqdiff.program.configured import denoiser
 from mpqdiff.record import timesteps_per_chunk
 from mpqdiff.sensitivity.damage import evaluations
 
@@ -33,8 +33,10 @@ def text(config) -> str:
         pipeline.check_names(recipe)
     module, params, _ = pipeline.load_model(config)
     shape = (module.image_size, module.image_size, module.channels)
-    inputs = conditioning.load(config, module).input_shapes(shape, 1)
-    found, remainder = site_list.list_sites(from_linen(module), params, *inputs)
+    conditions = conditioning.load(config, module)
+    denoise, params = denoiser(module, params, *conditions.input_shapes(shape, 2))
+    inputs = conditions.input_shapes(shape, 1)
+    found, remainder = site_list.list_sites(denoise, params, *inputs)
     sites = site_list.pin(found, config.plan.pins)
     planned = site_list.planned(sites, products=config.quantize.products)
     paths = [site.path for site in planned]

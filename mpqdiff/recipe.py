@@ -93,7 +93,7 @@ def load_model(config: Config):
     zero hides every site behind it. Drawn on the host, so that nothing is compiled.
     """
     if config.weights != "random":
-        module, params, model = weights.load(config.weights)
+        module, params, model = weights.load(config.weights, own=config.model.name)
         if isinstance(module, models.FirstStage):
             raise InputError(
                 f"config.weights={config.weights!r} is an autoencoder: name it in "

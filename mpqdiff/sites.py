@@ -36,6 +36,11 @@ class Site:
     pin: int | None = None
 
     @property
+    def stored(self) -> int:
+        """Weights that this site holds: none of its own where it is a repeated call."""
+        return 0 if self.repeated else self.parameters
+
+    @property
     def repeated(self) -> bool:
         """Whether this is a further call of a module: its weights are held by the first."""
         return self.path != module_path(self.path)

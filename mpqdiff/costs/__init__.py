@@ -84,13 +84,13 @@ def table(
         raise unknown_name("budget resource", name, RESOURCES)
     if name == "seconds":
         return np.asarray(measured[name], np.float64)
-    weights = max(sum(s.parameters for s in sites if not s.pin), 1)
+    weights = max(sum(s.stored for s in sites if not s.pin), 1)
     cost = {
         "bytes": lambda s, w, a, flag: device_bytes(s, w, flag),
         "file_bytes": lambda s, w, a, flag: file_bytes(s, w, flag),
         "bitops": lambda s, w, a, flag: evaluations * site_bitops(s, w, a),
         "joules": lambda s, w, a, flag: evaluations * site_joules(s, w, a, batch=batch),
-        "mean_bits": lambda s, w, a, flag: 0 if s.pin else s.parameters * w / weights,
+        "mean_bits": lambda s, w, a, flag: 0 if s.pin else s.stored * w / weights,
     }[name]
     pairs = zip(sites, asymmetric, strict=True)
     return np.array([[cost(s, w, a, flag) for w, a in choices] for s, flag in pairs], np.float64)
@@ -127,6 +127,6 @@ def problem(
         a_bits=np.array([a for _, a in choices], np.int32),
         legal=np.asarray(legal, bool),
         tie=np.array([ties[site.tie] for site in sites], np.int32),
-        parameters=np.array([site.parameters for site in sites], np.int64),
+        parameters=np.array([site.stored for site in sites], np.int64),
         names=names,
     )

@@ -380,7 +380,9 @@ def test_reading_safetensors_imports_no_torch(converted):
 
 
 def test_weights_must_be_named_where_there_are_none(tmp_path):
-    with pytest.raises(InputError, match=r"downloads none; name .*config\.evaluate\.weights\) pt_inception-2015"):
+    with pytest.raises(
+        InputError, match=r"downloads none; name .*config\.evaluate\.weights\) pt_inception-2015"
+    ):
         features.load("inception")
     with pytest.raises(InputError, match="cannot be read"):
         features.load("inception", weights=tmp_path / "absent.pth")

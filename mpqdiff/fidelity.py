@@ -30,15 +30,22 @@ def extracted(arm: Arm, network) -> dict:
     return {"images": images, "spatial": None, **load_arrays(folder / "features.npz")}
 
 
+def ceiling_arm(base: Arm) -> Arm:
+    """The float model at `evaluate.ceiling_steps` even steps, whose FID is damage 1: the same
+    however the arms' timesteps are chosen."""
+    low = base.config.copy_and_resolve_references()
+    low.diffusion.num_steps = base.config.evaluate.ceiling_steps
+    low.timesteps.name = "uniform"
+    return Arm(base.experiment, "ceiling", "float32", low, None)
+
+
 def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
     """(one row of metrics per arm, the protocol). Arm 0 is float, with which all are paired."""
     config = arms[0].config
     if not config.evaluate.features:
         return _judged(arms, [paired_metrics(arm, arms[0]) for arm in arms]), {}
     network, reference = feature_space(config)
-    low = config.copy_and_resolve_references()
-    low.diffusion.num_steps = config.evaluate.ceiling_steps
-    ceiling = extracted(Arm(arms[0].experiment, "ceiling", "float32", low, None), network)
+    ceiling = extracted(ceiling_arm(arms[0]), network)
     base = extracted(arms[0], network)
     paths = [trajectory(arm) for arm in arms]
     trained = [downstream_answers(arm) for arm in arms]

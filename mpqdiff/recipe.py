@@ -18,6 +18,7 @@ from mpqdiff.evaluate import features, statistics
 from mpqdiff.quantize.apply import BACKENDS
 from mpqdiff.quantize.numerics import CLIPS, check_bits
 from mpqdiff.sensitivity import orthogonality
+from mpqdiff.timesteps import candidates, edges
 
 
 def recipes(config: Config) -> list[Config]:
@@ -67,12 +68,6 @@ def check_names(config: Config) -> None:
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
-    if "drift" in timesteps.arguments(config.timesteps.name):
-        raise InputError(
-            f"config.timesteps.name={config.timesteps.name!r} prunes by the drift of a quantised "
-            "student, which a recipe does not have before its plan: choose another here, or call "
-            "mpqdiff.timesteps.select"
-        )
     list_choices(config.plan.w_bits, config.plan.a_bits)
     if config.plan.resource == "seconds" and not any(config.plan.budget.values()):
         raise InputError(
@@ -83,7 +78,26 @@ def check_names(config: Config) -> None:
         check_bits(bits)
     uniform_timesteps(config.diffusion.num_timesteps, config.diffusion.num_steps)
     d = config.diffusion
-    alphas_cumprod(d.schedule, d.num_timesteps, d.betas)
+    check_selection(config, alphas_cumprod(d.schedule, d.num_timesteps, d.betas))
+
+
+def check_selection(config: Config, abar: np.ndarray) -> None:
+    """InputError where timesteps cannot be selected as asked, before a trajectory is recorded for
+    it. abar [F]."""
+    chosen, count = config.timesteps, config.diffusion.num_steps
+    taken = timesteps.arguments(chosen.name)
+    if "drift" in taken:
+        raise InputError(
+            f"config.timesteps.name={chosen.name!r} prunes by the drift of a quantised student, "
+            "which a recipe does not have before its plan: choose another here, or call "
+            "mpqdiff.timesteps.select"
+        )
+    if "gram" not in taken:
+        timesteps.select(abar, count, chosen.name, **{k: chosen[k] for k in taken if k in chosen})
+        return
+    steps = candidates.candidates_of(abar)
+    candidates.check_count(count, candidates.protected(steps, len(abar), chosen.tail), chosen.tail)
+    edges.check_reading(chosen.data_std, chosen.power)
 
 
 def load_model(config: Config):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mpqdiff import arms, pipeline, planning, weights
+from mpqdiff import arms, fidelity, pipeline, planning, weights
 from mpqdiff import models as model_list
 from mpqdiff.config import base, for_arm, smoke
 from mpqdiff.errors import InputError, VerificationError
@@ -251,6 +251,33 @@ def test_timesteps_of_an_arm_are_chosen_by_one_trajectory(tmp_path, weights_file
     cost = {name: edges.path_cost(costs, np.array(kept[name]), np.arange(11, -1, -1))
             for name in ("float", "exact", "even")}  # fmt: skip
     assert cost["exact"] <= min(cost.values())
+
+
+def test_the_ceiling_has_even_steps_whatever_the_arms_have(tmp_path, weights_file):
+    config = _config(timesteps__name="drift_edges", timesteps__tail=0.1,
+                     diffusion__num_timesteps=40, diffusion__num_steps=6)  # fmt: skip
+    config.weights = weights_file
+    base_arm = arms.Arm(pipeline.Experiment(config, tmp_path), "float", "float32", config, None)
+    assert len(base_arm.timesteps) == 6 and base_arm.timesteps.tolist()[-4:] == [3, 2, 1, 0]
+    assert fidelity.ceiling_arm(base_arm).timesteps.tolist() == [39, 0]
+
+
+UNSELECTABLE = {
+    "a tail longer than the steps": (dict(name="drift_edges", tail=0.5), "more than the num_steps"),
+    "a tail that is no share": (dict(name="shortest_path", tail=1.5), "tail=1.5"),
+    "no such power": (dict(name="shortest_path", power=3), "power=3"),
+    "a reach beyond the schedule": (dict(name="quadratic", reach=2.0), "reach=2.0"),
+}
+
+
+@pytest.mark.parametrize("case", UNSELECTABLE)
+def test_timesteps_that_cannot_be_selected_are_refused_before_any_work(case, tmp_path):
+    changes, message = UNSELECTABLE[case]
+    config = _config()
+    config.timesteps.update(changes)
+    with pytest.raises(InputError, match=message):
+        pipeline.Experiment(config, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pruning_by_drift_is_refused_before_there_is_a_student(tmp_path):

@@ -35,6 +35,12 @@ from mpqdiff.errors import InputError
 from mpqdiff.timesteps.candidates import candidates_of, positions_of
 
 
+def check_reading(data_std: float, power: int) -> None:
+    """InputError on arguments of `edge_costs` that no Gram can make usable."""
+    if not data_std > 0.0 or power not in (1, 2):
+        raise InputError(f"data_std={data_std}, power={power}: expected above 0, and 1 or 2")
+
+
 def edge_costs(
     gram, alphas_cumprod, *, candidates=None, data_std: float = 1.0, power: int = 1
 ) -> np.ndarray:
@@ -52,8 +58,7 @@ def edge_costs(
         raise InputError(f"got a Gram {gram.shape} for {len(candidates)} candidate steps")
     if not np.isfinite(gram).all():
         raise InputError("the Gram of eps holds NaN or infinity: the teacher's trajectory diverged")
-    if not data_std > 0.0 or power not in (1, 2):
-        raise InputError(f"data_std={data_std}, power={power}: expected above 0, and 1 or 2")
+    check_reading(data_std, power)
     sigma = np.append(np.sqrt((1.0 - abar) / abar), 0.0)
     square = _square_errors(gram, sigma) / (1.0 + (sigma[1:] / data_std) ** 2)
     held = np.tri(len(gram), dtype=bool).T

@@ -61,7 +61,8 @@ def load(source: str, *, own: str = ""):
     else:
         known = sorted({file.stem for file in ZOO.glob("*.safetensors")} - {"fashion_classifier"})
         raise InputError(
-            f"weights {source!r}: no such file; embedded weights: {', '.join(known) or 'none'}"
+            f"weights {source!r}: no such file; embedded weights: {', '.join(known) or 'none'}; "
+            "others are made by mpqdiff convert or mpqdiff train"
         )
     try:
         model: Any = said

@@ -20,7 +20,7 @@ import numpy as np
 
 from mpqdiff import cli
 from mpqdiff.config import base
-from mpqdiff.costs import latency, legality
+from mpqdiff.costs import calibration, latency, legality
 from mpqdiff.errors import InputError
 from mpqdiff.pipeline import Experiment
 from mpqdiff.plan import Plan
@@ -123,7 +123,7 @@ def table_lines(found: dict, measured: latency.Latencies) -> list[str]:
     return lines
 
 
-def fit_lines(found: latency.Calibration) -> list[str]:
+def fit_lines(found: calibration.Calibration) -> list[str]:
     """What was fitted, and how well it foretells the plans held out."""
     fit, errors = found.fit, found.errors
     span = np.concatenate([found.measured, found.held_measured])
@@ -159,15 +159,15 @@ def main() -> None:
         print(f"table {measured.digest}: {time.perf_counter() - begin:.1f} s, {measured.device}")
         print("\n".join(table_lines(found, measured)))
         legal, _ = legality.legal(found, CHOICES, legality.RULES["cpu"])
-        calibration = latency.calibrate(
+        fitted = calibration.calibrate(
             sampler_of(experiment, options.batch),
             latency.table(measured, found, CHOICES),
-            latency.random_plans(0, legal, CHOICES, options.plans),
-            latency.random_plans(1, legal, CHOICES, options.held_out),
+            calibration.random_plans(0, legal, CHOICES, options.plans),
+            calibration.random_plans(1, legal, CHOICES, options.held_out),
             evaluations=options.steps * experiment.halves,
             rounds=options.rounds,
         )
-    print("\n".join(fit_lines(calibration)))
+    print("\n".join(fit_lines(fitted)))
 
 
 if __name__ == "__main__":

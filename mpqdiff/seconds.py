@@ -13,7 +13,7 @@ import numpy as np
 from mpqdiff import costs
 from mpqdiff.artifacts import load_arrays, save_arrays
 from mpqdiff.config import Config
-from mpqdiff.costs import latency, legality
+from mpqdiff.costs import calibration, latency, legality
 from mpqdiff.diffusion.steps import uniform_timesteps
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import with_choices
@@ -67,9 +67,9 @@ def model(experiment: Experiment, config: Config) -> tuple[str, Model]:
     def compute(folder):
         choices, legal = costs.legal_choices(experiment.sites, FIT_CHOICES)
         legal = legality.restrict(found, choices, legal, "cpu")[0]
-        plans = latency.random_plans(config.seed, legal, choices, FITTED)
-        others = latency.random_plans(config.seed + 1, legal, choices, HELD_OUT)
-        fitted = latency.calibrate(
+        plans = calibration.random_plans(config.seed, legal, choices, FITTED)
+        others = calibration.random_plans(config.seed + 1, legal, choices, HELD_OUT)
+        fitted = calibration.calibrate(
             lambda choice: _runner(experiment, config, [choices[k] for k in choice]),
             latency.table(latencies, found, choices),
             plans,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpqdiff.artifacts import digest
-from mpqdiff.costs import latency
+from mpqdiff.costs import calibration, latency
 from mpqdiff.costs.legality import FLOATS, Convolution, Einsum, Operation, executions
 from mpqdiff.errors import InputError
 from mpqdiff.records import FLOAT_BITS
@@ -176,7 +176,7 @@ def test_random_plans_go_from_float_to_integers_and_stay_legal():
     legal[3] = [False, False, False, True, False]  # a pin
     legal[4, 4] = False
     legal[5, :4] = False
-    plans = latency.random_plans(7, legal, CHOICES, 40)
+    plans = calibration.random_plans(7, legal, CHOICES, 40)
     assert plans.shape == (40, 20) and plans.dtype == np.int32
     assert legal[np.arange(20), plans].all()
     free = np.delete(plans, [3, 4, 5], axis=1)
@@ -184,14 +184,14 @@ def test_random_plans_go_from_float_to_integers_and_stay_legal():
     np.testing.assert_allclose(share, np.linspace(0, 1, 40), atol=0.2)
     assert share[0] == 0 and share[-1] == 1
     assert set(free[-1]) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(plans, latency.random_plans(7, legal, CHOICES, 40))
-    assert (plans != latency.random_plans(8, legal, CHOICES, 40)).any()
+    np.testing.assert_array_equal(plans, calibration.random_plans(7, legal, CHOICES, 40))
+    assert (plans != calibration.random_plans(8, legal, CHOICES, 40)).any()
 
 
 def test_tied_sites_choose_alike():
     legal = np.ones((6, 5), bool)
     legal[2, :3] = False
-    plans = latency.random_plans(0, legal, CHOICES, 30, ties=[0, 1, 0, 2, 1, 3])
+    plans = calibration.random_plans(0, legal, CHOICES, 30, ties=[0, 1, 0, 2, 1, 3])
     np.testing.assert_array_equal(plans[:, 0], plans[:, 2])
     np.testing.assert_array_equal(plans[:, 1], plans[:, 4])
     assert set(plans[:, 0]) == {3, 4}
@@ -201,21 +201,23 @@ def test_the_fit_finds_what_is_planted():
     rng = np.random.default_rng(0)
     sums = np.linspace(1.0, 2.0, 20)
     exact = 0.3 + 0.8 * sums
-    found = latency.fit(sums, exact)
+    found = calibration.fit(sums, exact)
     assert (found.alpha, found.beta, found.r2) == pytest.approx((0.3, 0.8, 1.0))
     noisy = exact * (1 + 0.02 * rng.standard_normal(20))
     noisy[[1, 2]] *= 2.5  # something else ran
-    found = latency.fit(sums, noisy)
+    found = calibration.fit(sums, noisy)
     assert found.alpha + found.beta * 1.5 == pytest.approx(1.5, rel=0.02)
     assert found.beta == pytest.approx(0.8, rel=0.1)
     held = np.array([1.1, 1.9])
-    assert latency.errors(found, held, 0.3 + 0.8 * held).max() < 0.03
-    np.testing.assert_allclose(latency.errors(latency.Fit(0, 1, 1), [1, 2], [2, 1]), [0.5, 1])
+    assert calibration.errors(found, held, 0.3 + 0.8 * held).max() < 0.03
+    np.testing.assert_allclose(
+        calibration.errors(calibration.Fit(0, 1, 1), [1, 2], [2, 1]), [0.5, 1]
+    )
 
 
 def test_time_outside_the_sites_is_not_negative():
     sums = np.linspace(1.0, 2.0, 10)
-    found = latency.fit(sums, sums**2)
+    found = calibration.fit(sums, sums**2)
     assert found.alpha == 0
     # least squares of 1 - beta / s, that is beta = sum(1/s) / sum(1/s^2) but for the damping
     assert found.beta == pytest.approx((1 / sums).sum() / (1 / sums**2).sum(), rel=0.05)
@@ -227,12 +229,12 @@ def test_time_outside_the_sites_is_not_negative():
 )
 def test_plans_that_cannot_be_fitted_are_refused(sums, measured):
     with pytest.raises(InputError, match="at least three plans of different sums"):
-        latency.fit(sums, measured)
+        calibration.fit(sums, measured)
 
 
 def test_a_table_that_points_the_wrong_way_is_refused():
     with pytest.raises(InputError, match="does not predict"):
-        latency.fit([1, 2, 3, 4], [4, 3, 2, 1])
+        calibration.fit([1, 2, 3, 4], [4, 3, 2, 1])
 
 
 @pytest.fixture
@@ -269,7 +271,7 @@ def test_a_slow_round_is_slow_for_all_and_does_not_count():
 def test_calibration_fits_some_plans_and_is_judged_on_others(clock):
     seconds = np.array([[1.0, 1.0, 1.0, 2.0, 4.0]] * 8)
     legal = np.ones((8, 5), bool)
-    plans, held_out = (latency.random_plans(seed, legal, CHOICES, 12) for seed in (0, 1))
+    plans, held_out = (calibration.random_plans(seed, legal, CHOICES, 12) for seed in (0, 1))
     noise = np.random.default_rng(0)
     compiled = []
 
@@ -283,7 +285,7 @@ def test_calibration_fits_some_plans_and_is_judged_on_others(clock):
 
         return run
 
-    found = latency.calibrate(runner, seconds, plans, held_out, evaluations=5, rounds=9)
+    found = calibration.calibrate(runner, seconds, plans, held_out, evaluations=5, rounds=9)
     assert len(compiled) == 24
     assert (found.fit.alpha, found.fit.beta) == pytest.approx((3.0, 0.5), rel=0.03)
     assert found.fit.r2 > 0.99

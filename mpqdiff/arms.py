@@ -137,7 +137,7 @@ class Arm:
         if self.plan is None:
             return
         promised = int(self.plan.predicted.get("bytes", -1))
-        if self.backend != "kernels":  # AQT's containers are larger: its bytes are its own
+        if self.backend == "aqt":  # AQT's containers are larger: its bytes are its own
             promised = self.passed_bytes
         sites = self.plan.integer(self.experiment.sites)
         if self.file_bytes > self.plan.predicted.get("file_bytes", 0):

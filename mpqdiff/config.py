@@ -114,7 +114,7 @@ def base() -> Config:
     )
     config.quantize = ConfigDict(
         dict(
-            backend="kernels",  # kernels or aqt
+            backend="kernels",  # kernels (XLA's integer product), pallas_tpu, aqt
             mode="step_table",  # static, step_table, online
             products=False,  # attention products in integers
             clip="mse",  # weight scale: mse or absmax

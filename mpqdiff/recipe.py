@@ -15,7 +15,7 @@ from mpqdiff.diffusion.samplers import SAMPLERS, uniform_timesteps
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.evaluate import features, statistics
-from mpqdiff.quantize.apply import BACKENDS
+from mpqdiff.quantize.apply import check_backend
 from mpqdiff.quantize.numerics import CLIPS, check_bits
 from mpqdiff.sensitivity import orthogonality
 from mpqdiff.timesteps import candidates, edges
@@ -59,7 +59,6 @@ def check_names(config: Config) -> None:
         ("solver", config.plan.solver, solve.SOLVERS),
         ("budget resource", config.plan.resource, RESOURCES),
         ("legality", config.plan.legality, ("any", *RULES)),
-        ("back end", config.quantize.backend, BACKENDS),
         ("activation mode", config.quantize.mode, plans.MODES),
         ("weight clip", config.quantize.clip, CLIPS),
         ("sampler", config.diffusion.sampler, SAMPLERS),
@@ -68,6 +67,7 @@ def check_names(config: Config) -> None:
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
+    check_backend(config.quantize.backend)
     list_choices(config.plan.w_bits, config.plan.a_bits)
     if config.plan.resource == "seconds" and not any(config.plan.budget.values()):
         raise InputError(

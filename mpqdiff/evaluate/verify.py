@@ -20,6 +20,7 @@ from mpqdiff.sites import Site
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _SCOPE = re.compile(r"site\[([^\]]+)\]")
+_KERNEL = re.compile(r"/product_(\w+?)_w(\d)/pallas_call")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16}
 MULTIPLIES = ("dot", "convolution", "custom-call")
 INTEGER = ("s2", "s4", "s8", "u2", "u4", "u8", "s16", "s32")
@@ -62,7 +63,13 @@ def read(compiled, *, images: Sequence[tuple[int, ...]]) -> Execution:
         if opcode == "while":
             loops.append(kind)
         found = _SCOPE.search(rest)
-        if found and re.search(r'/dot_general[^/"]*"', rest):
+        kernel = _KERNEL.search(rest) if opcode == "custom-call" else None
+        if found and kernel:
+            integer = kernel.group(1) == "int8"
+            operands = ("s8", f"s{kernel.group(2)}") if integer else ("?",)
+            result = "s32" if integer else kind.split("[")[0]
+            products.setdefault(found.group(1), []).append((result, operands))
+        elif found and re.search(r'/dot_general[^/"]*"', rest):
             # A one-row product is lowered to converts, a multiply and a reduce under its name:
             # their results tell; operands are read where one instruction multiplies.
             operands = re.findall(r"%([\w.\-]+)", rest.split("metadata=")[0].split(")")[0])

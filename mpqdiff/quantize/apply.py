@@ -21,6 +21,7 @@ from mpqdiff.costs.bytes import fixed_bytes
 from mpqdiff.denoiser import Denoise
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.kernels.quantized_matmul import quantized_matmul
+from mpqdiff.kernels.tpu import require_tpu
 from mpqdiff.plan import Plan, runs_in_integers
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.activations import Table
@@ -161,10 +162,9 @@ def build(
 ) -> QuantizedModel:
     """The runnable model of `tensors` (from `quantize`, or loaded): packed for the device.
 
-    Raises InputError on an unknown backend or a site kind that has no integer form.
+    Raises InputError as `check_backend` does, and on a site kind that has no integer form.
     """
-    if backend not in BACKENDS:
-        raise unknown_name("quantize.backend", backend, BACKENDS)
+    check_backend(backend)
     hold, open_, matmul = BACKENDS[backend]()
     widths = {path: plan.width(path) for path in tensors}
     packed = {
@@ -236,7 +236,7 @@ def integer_site(
         return _activation_product(site, module, args, row, columns, bits)
     (x,) = args
     x = _patches(module, x) if site.kind == "conv" else x
-    scale, zero = _scales(site.path, x, row, columns[0], bits)
+    scale, zero = _scales(site.path, x, row, columns[0])
     return matmul(
         x,
         open_(tensors["qvalue"]) if open_ else tensors["qvalue"],
@@ -251,24 +251,28 @@ def integer_site(
 
 def _activation_product(site, module, args, row, columns, bits):
     widths = bits["lhs"], bits["rhs"]
-    sides = list(zip(args, widths, columns, strict=True))
-    scales = [_scales(site.path, x, row, column, width)[0] for x, width, column in sides]
     if row is None:  # one scale per tensor: tokens are contracted or batched by equation
-        scales = [jnp.max(jnp.abs(x)) / qmax(width) + 1e-30 for x, width, _ in sides]
+        scales = [
+            jnp.max(jnp.abs(x)) / qmax(width) + 1e-30 for x, width in zip(args, widths, strict=True)
+        ]
+    else:
+        scales = [
+            _scales(site.path, x, row, column)[0] for x, column in zip(args, columns, strict=True)
+        ]
     left, right = (
         quantize_activation(x, scale, 0, width)
-        for (x, width, _), scale in zip(sides, scales, strict=True)
+        for x, scale, width in zip(args, scales, widths, strict=True)
     )
     acc = jnp.einsum(module.equation, left, right, preferred_element_type=jnp.int32)
     scale = jnp.ravel(scales[0] * scales[1])
     return acc * scale.reshape((-1,) + (1,) * (acc.ndim - 1))
 
 
-def _scales(path: str, x, row, column: int, bits):
-    """(scale, zero point or None) of operand x: from the step's row, or per token online."""
+def _scales(path: str, x, row, column: int):
+    """(scale, zero point) of operand x from the step's row; (None, None), each token's own, taken
+    by the product, where there is none."""
     if row is None:
-        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / qmax(bits)
-        return jnp.where(scale > 0, scale, 1.0), None
+        return None, None
     return tuple(_against(value[..., column], x, path) for value in row)
 
 
@@ -325,13 +329,30 @@ def _pair(value) -> tuple[int, int]:
 
 
 def _kernels_backend():
-    def hold(qvalue, bits):
-        return pack(qvalue, bits)
-
     def open_(packed, *, bits, shape):
         return unpack(packed, bits, shape)
 
-    return hold, open_, quantized_matmul
+    return pack, open_, quantized_matmul
+
+
+def check_backend(backend: str) -> None:
+    """Raises InputError on a back end that is unknown, or that cannot run on this machine."""
+    if backend not in BACKENDS:
+        raise unknown_name("quantize.backend", backend, BACKENDS)
+    if backend == "pallas_tpu":
+        require_tpu("quantize.backend")
+
+
+def _packed_backend(implementation: str):
+    """Packed weights go to the kernel `implementation` as they are, with their width."""
+
+    def matmul(x, held, scale, *rest, x_bits):
+        packed, bits = held
+        return quantized_matmul(
+            x, packed, scale, *rest, x_bits=x_bits, w_bits=bits, implementation=implementation
+        )
+
+    return pack, lambda packed, *, bits, shape: (packed, bits), matmul
 
 
 def _aqt_backend():
@@ -340,5 +361,11 @@ def _aqt_backend():
     return aqt.hold, aqt.open_, aqt.aqt_matmul
 
 
-# How a back end holds integer weights, opens them inside the program, and multiplies.
-BACKENDS = {"kernels": _kernels_backend, "aqt": _aqt_backend}
+# How a back end holds integer weights, opens them inside the program, and multiplies. "kernels" is
+# XLA's integer product, which runs everywhere; the others are named by their implementation.
+BACKENDS = {
+    "kernels": _kernels_backend,
+    "pallas_tpu": partial(_packed_backend, "pallas_tpu"),
+    "pallas_interpret": partial(_packed_backend, "pallas_interpret"),
+    "aqt": _aqt_backend,
+}

@@ -15,6 +15,7 @@ from aqt.jax.v2 import utils
 from aqt.jax.v2.aqt_dot_general import DotGeneralRaw, dot_general_raw_make
 from aqt.jax.v2.aqt_tensor import QTensor
 
+from mpqdiff.kernels.quantize_activations.reference import token_scale
 from mpqdiff.kernels.quantized_matmul import check_operands, per_leading_index
 from mpqdiff.quantize.numerics import check_bits, quantize_activation
 
@@ -63,7 +64,7 @@ def aqt_matmul(x, weight, x_scale, x_zero_point, w_scale, w_colsum, bias, *, x_b
     Same arguments, result to float rounding, and errors raised.
     """
     check_operands(x, weight, x_zero_point, w_colsum, x_bits)
-    scale = per_leading_index(x_scale, x.ndim)
+    scale = token_scale(x, x_bits) if x_scale is None else per_leading_index(x_scale, x.ndim)
     zero = jnp.int32(0) if x_zero_point is None else per_leading_index(x_zero_point, x.ndim)
     total = accumulate(quantize_activation(x, scale, zero, x_bits), weight)
     if x_zero_point is not None:

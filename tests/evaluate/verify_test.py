@@ -49,7 +49,7 @@ def _plan(sites, w_bits):
 class _Built:
     """A quantised `_Model` and its compiled sampler."""
 
-    def __init__(self, w_bits=4, *, matmul=quantized_matmul, left_out=()):
+    def __init__(self, w_bits=4, *, matmul=None, left_out=(), backend="kernels"):
         module = _Model()
         x_t = jnp.zeros((BATCH, *SHAPE))
         start = jax.eval_shape(module.init, jax.random.key(0), x_t, jnp.zeros((), int), None)
@@ -69,8 +69,9 @@ class _Built:
         flags = activations.lopsided(stats, self.sites)
         tensors = apply.quantize(params, self.sites, plan, table, flags)
         patch = pytest.MonkeyPatch()
-        patch.setitem(apply.BACKENDS, "kernels", lambda: (*apply_kernels_backend()[:2], matmul))
-        model = apply.build(denoise, params, self.sites, plan, tensors, table)
+        if matmul:
+            patch.setitem(apply.BACKENDS, "kernels", lambda: (*apply_kernels_backend()[:2], matmul))
+        model = apply.build(denoise, params, self.sites, plan, tensors, table, backend=backend)
         patch.undo()
         self.bytes = model.bytes
 
@@ -182,6 +183,8 @@ PROGRAM = """
   %w.1 = s8[16,16]{1,0} parameter(1)
   %f.1 = f32[16,16]{1,0} parameter(2)
   %dot.1 = s32[4,16]{1,0} dot(%p.1, %w.1), metadata={op_name="jit(run)/site[a.b]/dot_general"}
+  %k = f32[4,16]{1,0} custom-call(%f.1), metadata={op_name="site[e]/product_int8_w4/pallas_call"}
+  %l = f32[4,9]{1,0} custom-call(%f.1), metadata={op_name="site[f]/product_bf16_w4/pallas_call"}
   ROOT %dot.2 = s32[4,16]{1,0} dot(%p.1, %f.1), metadata={op_name="jit(run)/site[c]/dot_general"}
   %add.1 = f32[4]{0} add(%p.1, %f.1), metadata={op_name="jit(run)/site[d]/add"}
   %while.0 = (s32[], f32[2]{0}) while(%t), condition=%c, body=%b
@@ -194,6 +197,8 @@ def test_the_text_of_a_program_is_read():
     assert execution.products == {
         "a.b": [("s32", ("s8", "s8"))],
         "c": [("s32", ("s8", "f32"))],
+        "e": [("s32", ("s8", "s4"))],  # a Pallas kernel is told by its name
+        "f": [("f32", ("?",))],
     }
     # The widest loop; scalars, x_t and the labels apart, but not a bias of the labels' shape.
     assert execution.carry == {"f32": 8, "s4": 3, "s8": 7}
@@ -204,7 +209,16 @@ def test_the_text_of_a_program_is_read():
 def test_a_float_operand_is_enough_to_complain():
     execution = verify.read(_Text(PROGRAM), images=[(2, 3), (2,)])
     sites = [
-        site_list.Site(path, "dense", (16, 16), 256, 16, 256, path) for path in ("a/b", "c", "d")
+        site_list.Site(path, "dense", (16, 16), 256, 16, 256, path) for path in ("a/b", *"cdef")
     ]
     complaints = verify.check(execution, sites, promised_bytes=1, passed_bytes=1)
-    assert [complaint.split(":")[0] for complaint in complaints] == ["site 'c'", "site 'd'"]
+    assert [complaint.split(":")[0] for complaint in complaints] == [
+        "site 'c'",
+        "site 'd'",
+        "site 'f'",
+    ]
+
+
+def test_an_interpreted_kernel_of_packed_weights_passes():
+    built = _Built(4, backend="pallas_interpret")
+    assert built.complaints() == []

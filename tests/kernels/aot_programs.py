@@ -24,6 +24,7 @@ from mpqdiff import sites as site_list
 from mpqdiff.denoiser import from_linen
 from mpqdiff.diffusion.samplers import ddim, uniform_timesteps
 from mpqdiff.diffusion.schedule import linear
+from mpqdiff.evaluate import verify
 from mpqdiff.kernels import tpu
 from mpqdiff.kernels.gram import gram
 from mpqdiff.kernels.quantize_activations import quantize_activations
@@ -39,8 +40,11 @@ _ELEMENT = re.compile(r"vector<[\dx]*x(\w+)>")
 _CALL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="([^"]*)"')
 
 
-def compiled(function, *arguments) -> dict:
-    """What `function`, compiled for the arguments' devices, multiplies, calls and holds."""
+def compiled(function, *arguments, planned=()) -> dict:
+    """What `function`, compiled for the arguments' devices, multiplies, calls and holds.
+
+    `complaints` are those of `verify` about the sites `planned` as integer.
+    """
     dump = Path(sys.argv[2])
     for file in dump.glob("*"):
         file.unlink()
@@ -51,7 +55,11 @@ def compiled(function, *arguments) -> dict:
         for types in _MATMUL.findall(file.read_text()):
             products.add(" ".join(_ELEMENT.findall(types)))
     text, memory = program.as_text(), program.memory_analysis()
+    complaints = verify.check(
+        verify.read(program, images=[]), planned, promised_bytes=0, passed_bytes=0
+    )
     return {
+        "complaints": complaints,
         "calls": _CALL.findall(text),
         "products": sorted(products),
         "arrays": sorted(set(re.findall(r"\b([a-z]+\d+\[[\d,]+\])", text))),
@@ -133,20 +141,8 @@ def large(on) -> dict:
     return {name: compiled(*program) for name, program in programs.items()}
 
 
-def _pallas_backend():
-    """Packed weights go to the kernel as they are, with their width."""
-
-    def matmul(x, held, *rest, x_bits):
-        packed, bits = held
-        return quantized_matmul(
-            x, packed, *rest, x_bits=x_bits, w_bits=bits, implementation="pallas_tpu"
-        )
-
-    return pack, lambda packed, *, bits, shape: (packed, bits), matmul
-
-
 def quantised_dit(size: dict, *, image_size: int, patch: int, steps: int, backend: str):
-    """(QuantizedModel of a DiT whose every number is 0, its sampler, packed sites by width)."""
+    """(QuantizedModel of a DiT whose every number is 0, its sampler, its sites, their widths)."""
     module = models.build(
         "dit", image_size=image_size, channels=4, patch=patch, num_classes=10, **size
     )
@@ -186,18 +182,19 @@ def quantised_dit(size: dict, *, image_size: int, patch: int, steps: int, backen
     table = activations.Table(
         np.asarray(kept), np.ones((steps, columns), np.float32), np.zeros((steps, columns), np.int8)
     )
-    apply.BACKENDS["pallas_tpu"] = _pallas_backend
-    model = apply.build(denoise, params, planned, plan, tensors, table, backend=backend)
+    with tpu.compiling_for_tpu():
+        model = apply.build(denoise, params, planned, plan, tensors, table, backend=backend)
 
     def sample(params, x_T, labels):
         return ddim(model.denoise, params, x_T, labels, timesteps=kept, alphas_cumprod=linear(1000))
 
-    return model, sample, {site.path: (list(site.shape), bits[site.path]) for site in planned}
+    held = {site.path: (list(site.shape), bits[site.path]) for site in planned}
+    return model, sample, planned, held
 
 
 def sampler(on, *, size, batch, image_size, patch=2, steps=4, backend="pallas_tpu") -> dict:
     """The sampling program of a quantised DiT on one chip."""
-    model, sample, held = quantised_dit(
+    model, sample, planned, held = quantised_dit(
         size, image_size=image_size, patch=patch, steps=steps, backend=backend
     )
     found = compiled(
@@ -205,6 +202,7 @@ def sampler(on, *, size, batch, image_size, patch=2, steps=4, backend="pallas_tp
         jax.tree.map(lambda leaf: on(leaf.shape, leaf.dtype), model.params),
         on((batch, image_size, image_size, 4), jnp.float32),
         on((batch,), jnp.int32),
+        planned=planned,
     )
     positions = f"[{(image_size // patch) ** 2},{size['width']}]"
     return found | {"sites": held, "passed_bytes": model.bytes, "positions": positions}
@@ -212,7 +210,7 @@ def sampler(on, *, size, batch, image_size, patch=2, steps=4, backend="pallas_tp
 
 def sharded(devices, *, size, batch, image_size, patch=2, steps=4) -> dict:
     """The same with the batch split over all `devices`: each samples its own images."""
-    model, sample, held = quantised_dit(
+    model, sample, planned, held = quantised_dit(
         size, image_size=image_size, patch=patch, steps=steps, backend="pallas_tpu"
     )
     mesh = Mesh(np.array(devices), ("data",))
@@ -229,6 +227,7 @@ def sharded(devices, *, size, batch, image_size, patch=2, steps=4) -> dict:
         jax.tree.map(lambda leaf: on(leaf.shape, leaf.dtype, whole), model.params),
         on((batch, image_size, image_size, 4), jnp.float32, split),
         on((batch,), jnp.int32, split),
+        planned=planned,
     )
     positions = f"[{(image_size // patch) ** 2},{size['width']}]"
     found |= {"sites": held, "passed_bytes": model.bytes, "positions": positions}

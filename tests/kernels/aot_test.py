@@ -70,6 +70,7 @@ def check_kernels(programs: dict) -> None:
 def check_sampler(program: dict) -> None:
     """Every site is one kernel at its width, under its own name; the loop carries its packed
     weights and no other form of any weight is anywhere in the program."""
+    assert program["complaints"] == []
     called = {}
     for call in program["calls"]:
         site, kernel = re.search(r"site\[([^\]]+)\].*/(product_\w+)/pallas_call", call).groups()

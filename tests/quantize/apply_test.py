@@ -65,6 +65,20 @@ def test_back_ends_agree_on_the_whole_denoiser(tiny, products):
     np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["step_table", "online"])
+def test_a_kernel_of_packed_weights_agrees_on_the_whole_denoiser(tiny, mode):
+    plan = tiny.plan((2, 4, 8), mode=mode)
+    ours = _eps(tiny.build(plan), tiny, np.int32(30))
+    model = tiny.build(plan, backend="pallas_interpret")
+    np.testing.assert_allclose(_eps(model, tiny, np.int32(30)), ours, rtol=1e-4, atol=1e-4)
+    assert model.bytes == tiny.build(plan).bytes
+
+
+def test_a_back_end_that_cannot_run_here_says_so_before_any_work(tiny):
+    with pytest.raises(InputError, match="quantize.backend: .*needs a TPU"):
+        tiny.build(tiny.plan(), backend="pallas_tpu")
+
+
 def test_bytes_are_what_the_planner_counts(tiny):
     for mode in ("step_table", "static", "online"):
         plan = tiny.plan((2, 3, 4, 8), mode=mode)
@@ -106,7 +120,7 @@ def test_a_site_with_null_widths_stays_in_float(tiny):
 
 
 def test_an_unknown_back_end_lists_the_known_ones(tiny):
-    with pytest.raises(InputError, match=r"'cuda'; known: aqt, kernels"):
+    with pytest.raises(InputError, match=r"'cuda'; known: aqt, kernels, pallas"):
         tiny.build(tiny.plan(), backend="cuda")
 
 

@@ -257,7 +257,8 @@ def _activation_product(site, module, args, row, columns, bits):
         ]
     else:
         scales = [
-            _scales(site.path, x, row, column)[0] for x, column in zip(args, columns, strict=True)
+            _against(row[0][..., column], x, site.path)
+            for x, column in zip(args, columns, strict=True)
         ]
     left, right = (
         quantize_activation(x, scale, 0, width)

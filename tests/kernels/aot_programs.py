@@ -33,7 +33,7 @@ from mpqdiff.kernels.weight_only_matmul import weight_only_matmul
 from mpqdiff.models import DIT_SIZES
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import activations, apply
-from mpqdiff.quantize.pack import pack, packed_shape
+from mpqdiff.quantize.pack import packed_shape
 
 _MATMUL = re.compile(r"tpu\.matmul .* : (.*)")
 _ELEMENT = re.compile(r"vector<[\dx]*x(\w+)>")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mpqdiff.errors import InputError
 from mpqdiff.kernels.gram import gram, pallas_tpu
 
-RUNNABLE = ("reference", "xla", "pallas_interpret")
+RUNNABLE = ("reference", "xla", "pallas_interpret", "pallas_gpu_interpret")
 RUN = jax.jit(gram, static_argnames="implementation")
 
 

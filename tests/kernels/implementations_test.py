@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 
 from mpqdiff.errors import InputError
 from mpqdiff.kernels import tpu
-from mpqdiff.kernels.quantized_matmul import pallas_tpu, quantized_matmul, reference, xla
+from mpqdiff.kernels.quantized_matmul import (
+    pallas_gpu,
+    pallas_tpu,
+    quantized_matmul,
+    reference,
+    xla,
+)
 from mpqdiff.quantize.numerics import quantize_activation
 from mpqdiff.quantize.pack import pack
 
@@ -24,6 +30,7 @@ ACCUMULATE = {
     "reference": reference.accumulate,
     "xla": xla.accumulate,
     "pallas_interpret": partial(pallas_tpu.accumulate, interpret=True),
+    "pallas_gpu_interpret": partial(pallas_gpu.accumulate, interpret=True),
 }
 SUMS = {name: jax.jit(run, static_argnames="w_bits") for name, run in ACCUMULATE.items()}
 LAYER = jax.jit(
@@ -45,7 +52,8 @@ class Case(NamedTuple):
 
 
 # Blocks are of 32 or 16 rows and channels: one row, odd sizes, multiples, one more than them; one
-# input to fewer planes than a byte has, and contractions that planes do not divide.
+# input to fewer planes than a byte has, contractions that planes do not divide, and a zero point
+# that must not reach beyond the last input.
 CASES = [
     Case(1, 1, 1, 2, zero=True),
     Case(1, 37, 33, 4, by_token=True, zero=True),
@@ -53,6 +61,7 @@ CASES = [
     Case(32, 64, 32, 8, by_token=True, zero=True, bias=False),
     Case(50, 99, 49, 4, zero=True),
     Case(49, 98, 50, 8, x_bits=5),
+    Case(9, 37, 30, 8, zero=True),
 ]
 FEW = settings(max_examples=18, deadline=None)
 
@@ -62,6 +71,8 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas_tpu, "ROWS", (32, 16))
         patch.setattr(pallas_tpu, "CHANNELS", (32, 16))
+        patch.setattr(pallas_gpu, "BLOCKS", ((32, 32), (16, 32)))
+        patch.setattr(pallas_gpu, "DEPTHS", (32,))
         yield
 
 

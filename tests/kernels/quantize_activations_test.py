@@ -11,7 +11,7 @@ from mpqdiff.errors import InputError
 from mpqdiff.kernels.quantize_activations import pallas_tpu, quantize_activations
 from mpqdiff.quantize.numerics import quantize_activation
 
-FAST = ("xla", "pallas_interpret")
+FAST = ("xla", "pallas_interpret", "pallas_gpu_interpret")
 RUN = jax.jit(quantize_activations, static_argnames=("bits", "implementation"))
 
 

@@ -22,7 +22,7 @@ from mpqdiff.quantize.numerics import (
     quantize_weight,
 )
 
-RUNNABLE = ("reference", "xla", "pallas_interpret")  # "pallas_tpu": see aot_test.py
+RUNNABLE = ("reference", "xla", "pallas_interpret", "pallas_gpu_interpret")
 COMPILED = jax.jit(
     quantized_matmul, static_argnames=("x_bits", "w_bits", "activation", "implementation")
 )

@@ -11,7 +11,7 @@ from mpqdiff.errors import InputError
 from mpqdiff.kernels.weight_only_matmul import weight_only_matmul
 from mpqdiff.quantize.pack import pack
 
-RUNNABLE = ("reference", "xla", "pallas_interpret")
+RUNNABLE = ("reference", "xla", "pallas_interpret", "pallas_gpu_interpret")
 RUN = jax.jit(weight_only_matmul, static_argnames=("w_bits", "activation", "implementation"))
 
 

@@ -5,13 +5,15 @@ N <x_i, m>. Centring features rather than the Gram keeps float32 exact when the 
 """
 
 from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.kernels.gram import pallas_tpu, reference, xla
+from mpqdiff.kernels.gram import pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.gram,
     "xla": xla.gram,
     "pallas_tpu": pallas_tpu.gram,
     "pallas_interpret": pallas_tpu.interpreted,
+    "pallas_gpu": pallas_gpu.gram,
+    "pallas_gpu_interpret": pallas_gpu.interpreted,
 }
 DEFAULT = "xla"
 

@@ -5,7 +5,7 @@ saturated to [-qmax - 1, qmax]: infinities saturate, NaN becomes 0 (`quantize.nu
 """
 
 from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.kernels.quantize_activations import pallas_tpu, reference, xla
+from mpqdiff.kernels.quantize_activations import pallas_gpu, pallas_tpu, reference, xla
 from mpqdiff.quantize.numerics import check_bits
 
 IMPLEMENTATIONS = {
@@ -13,6 +13,8 @@ IMPLEMENTATIONS = {
     "xla": xla.quantize_activations,
     "pallas_tpu": pallas_tpu.quantize_activations,
     "pallas_interpret": pallas_tpu.interpreted,
+    "pallas_gpu": pallas_gpu.quantize_activations,
+    "pallas_gpu_interpret": pallas_gpu.interpreted,
 }
 DEFAULT = "xla"
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.kernels.epilogue import check_activation
-from mpqdiff.kernels.quantized_matmul import pallas_tpu, reference, xla
+from mpqdiff.kernels.quantized_matmul import pallas_gpu, pallas_tpu, reference, xla
 from mpqdiff.quantize.numerics import check_bits
 from mpqdiff.quantize.pack import packed_shape
 
@@ -18,6 +18,8 @@ IMPLEMENTATIONS = {
     "xla": xla.quantized_matmul,
     "pallas_tpu": pallas_tpu.quantized_matmul,
     "pallas_interpret": pallas_tpu.interpreted,
+    "pallas_gpu": pallas_gpu.quantized_matmul,
+    "pallas_gpu_interpret": pallas_gpu.interpreted,
 }
 DEFAULT = "xla"
 
@@ -47,7 +49,8 @@ def quantized_matmul(
     symmetric activations; w_scale float [N]; w_colsum int32 [N] (`numerics.column_sums`), needed
     only with a zero point; bias float [N] or None; x_bits: width of x's integers, which may be
     traced. activation: None, "gelu" (tanh) or "silu". `implementation`: a name in IMPLEMENTATIONS;
-    "pallas_tpu" needs a TPU, "pallas_interpret" runs the same kernel anywhere, slowly.
+    "pallas_tpu" needs a TPU and "pallas_gpu" a GPU; "pallas_interpret" and "pallas_gpu_interpret"
+    run the same kernels anywhere, slowly.
     Raises InputError, when traced, on an unknown name, an implementation this machine cannot run,
     shapes or dtypes that do not match, a zero point without column sums or without a scale, or a
     K above MAX_CONTRACTION.

@@ -7,13 +7,15 @@ Integers up to 8 bits are exact in bfloat16, so the scale is all that rounding c
 from mpqdiff.errors import unknown_name
 from mpqdiff.kernels.epilogue import check_activation
 from mpqdiff.kernels.quantized_matmul import check_weight
-from mpqdiff.kernels.weight_only_matmul import pallas_tpu, reference, xla
+from mpqdiff.kernels.weight_only_matmul import pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.weight_only_matmul,
     "xla": xla.weight_only_matmul,
     "pallas_tpu": pallas_tpu.weight_only_matmul,
     "pallas_interpret": pallas_tpu.interpreted,
+    "pallas_gpu": pallas_gpu.weight_only_matmul,
+    "pallas_gpu_interpret": pallas_gpu.interpreted,
 }
 DEFAULT = "xla"
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mpqdiff import planning
+from mpqdiff import joint
 from mpqdiff.artifacts import chunked, load_arrays, save_arrays
 from mpqdiff.config import for_arm
 from mpqdiff.diffusion.samplers import check_timesteps
@@ -53,7 +53,14 @@ class Arm:
     @property
     def batch(self) -> int:
         """Images per call of the compiled sampler."""
-        return min(self.config.sample.batch, self.config.sample.num_images)
+        return min(self.config.sample.batch, self.count)
+
+    @property
+    def count(self) -> int:
+        """Images that the arm samples: by its steps where `sample.by_steps` says so."""
+        limits = sorted(tuple(pair) for pair in self.config.sample.by_steps)
+        fitting = [images for most, images in limits if len(self.timesteps) <= most]
+        return fitting[0] if fitting else self.config.sample.num_images
 
     @cached_property
     def file(self) -> Path:
@@ -173,7 +180,7 @@ class Arm:
     @cached_property
     def samples(self) -> tuple[str, np.ndarray]:
         """(artifact name, x_0 float32 [n,H,W,C]): image i comes from noise i in every arm."""
-        count = self.config.sample.num_images
+        count = self.count
 
         def compute(folder):
             chunked(folder, "sample")(
@@ -189,7 +196,7 @@ class Arm:
             "record": self.experiment.statistics[0].name if self.plan else None,
             "backend": self.backend,
             "clip": self.config.quantize.clip if self.plan else None,
-            "sample": {**self.config.sample.to_dict(), "batch": self.batch},
+            "sample": {"num_images": count, "batch": self.batch, "seed": self.config.sample.seed},
         }
         folder = self.experiment.store.get(
             "sample", version=VERSIONS["sample"], key=key, compute=compute
@@ -219,7 +226,7 @@ class Arm:
 def list_arms(experiment: Experiment) -> list[Arm]:
     """Float, the plan, then the config's arms by name; plans are solved here."""
     config = experiment.config
-    own = planning.plan(experiment, config, config.system)
+    own = joint.plan(experiment, config, config.system)
     arms = [
         Arm(experiment, "float", "float32", config, None),
         Arm(experiment, "plan", config.system, config, own),
@@ -234,9 +241,7 @@ def list_arms(experiment: Experiment) -> list[Arm]:
             system = f"{changes['score']}_{recipe.plan.solver}"
         if changes.get("bits"):
             system = "imported"
-        arms.append(
-            Arm(experiment, name, system, recipe, planning.plan(experiment, recipe, system))
-        )
+        arms.append(Arm(experiment, name, system, recipe, joint.plan(experiment, recipe, system)))
     return arms
 
 

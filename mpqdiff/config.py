@@ -54,12 +54,16 @@ def base() -> Config:
     )
     config.timesteps = ConfigDict(
         dict(
-            name="uniform",  # uniform, quadratic, log_snr, drift_edges, shortest_path
-            samples=32,  # trajectories whose eps the last two choose by
+            # uniform, quadratic, log_snr, drift_edges, shortest_path; or drift, which prunes by the
+            # student of a plan: float arms then run uniform ones.
+            name="uniform",
+            samples=32,  # trajectories that the last three choose by
             tail=0.0,  # the last t < tail F are kept
             data_std=1.0,  # spread of the data: 1 is the error in x_t, large values that in x_0
             power=1,  # errors of steps add in norm (1) or in square (2)
             reach=1.0,  # quadratic: its first timestep over F
+            drift="state",  # drift: of the state, or of eps at the teacher's or student's state
+            every=0,  # drift: removals between two measurements of it; 0 measures once
         )
     )
     config.calibration = ConfigDict(
@@ -76,6 +80,13 @@ def base() -> Config:
             include_pinned=False,  # do pinned sites count in the other sites' means
             temporal_policy="pooled",  # sites fed by (t, label) alone: pooled, or pin (at 8 bit)
             samples=16,  # images of a rollout (rollout_error)
+            manifold=dict(
+                pca="leak",  # leak, rotate, concentration
+                normalisation="rank",  # of each signal over the sites: rank, min_max
+                weights=(1.0, 1.0, 1.0, 1.0),  # of energy, pca, dimension, growth
+                rows=8192,  # tokens or positions of a site that are read at a timestep, at most
+                share=0.95,  # of the variance, held by the principal directions
+            ),
         )
     )
     config.aggregate = ConfigDict(
@@ -107,20 +118,34 @@ def base() -> Config:
                 joules=0.0,  # per image, modelled
                 mean_bits=0.0,  # of the weights of unpinned sites
             ),
+            # The same as a share: the float32 model of arm 0 takes so many times more.
+            reduction=dict(bytes=0.0, file_bytes=0.0, bitops=0.0, seconds=0.0, joules=0.0),
             resource="bytes",
             ratio=1.165,
             ratio_bits=4,
+            # S of the plan: () as diffusion.num_steps, one, or several to choose from by the
+            # measured error of `rollout` images.
+            steps=(),
+            rollout=64,
+            tolerance=0.0,  # take the fewest steps of at most this relative error; 0 the least one
         )
     )
     config.quantize = ConfigDict(
         dict(
-            backend="kernels",  # kernels (XLA's integer product), pallas_tpu, aqt
+            backend="kernels",  # kernels (XLA's product), pallas_tpu, pallas_gpu, aqt
             mode="step_table",  # static, step_table, online
             products=False,  # attention products in integers
             clip="mse",  # weight scale: mse or absmax
         )
     )
-    config.sample = ConfigDict(dict(num_images=256, batch=64, seed=1234))
+    config.sample = ConfigDict(
+        dict(
+            num_images=256,
+            by_steps=(),  # pairs (S at most, images): arms of fewer steps can afford more images
+            batch=64,
+            seed=1234,
+        )
+    )
     config.evaluate = ConfigDict(
         dict(
             features="fashion_classifier",  # "": paired metrics only, which need no network
@@ -164,6 +189,7 @@ def base() -> Config:
 # What an arm may change, and the key of the base configuration that it stands for.
 ARM_KEYS = {
     "score": "score.name",
+    "manifold": "score.manifold",
     "aggregate": "aggregate.name",
     "solver": "plan.solver",
     "w_bits": "plan.w_bits",
@@ -175,6 +201,8 @@ ARM_KEYS = {
     "budget": "plan.budget",
     "ratio": "plan.ratio",
     "ratio_bits": "plan.ratio_bits",
+    "reduction": "plan.reduction",
+    "steps": "plan.steps",
     "backend": "quantize.backend",
     "mode": "quantize.mode",
     "seed": "seed",
@@ -185,8 +213,9 @@ ARM_KEYS = {
 
 POSITIVE = (
     "diffusion.num_timesteps", "diffusion.num_steps", "calibration.samples",
-    "calibration.timesteps", "calibration.memory_gb", "score.samples", "plan.ratio",
-    "plan.ratio_bits", "plan.node_limit", "timesteps.samples", "timesteps.data_std",
+    "calibration.timesteps", "calibration.memory_gb", "score.samples", "score.manifold.rows",
+    "plan.ratio",
+    "plan.ratio_bits", "plan.node_limit", "plan.rollout", "timesteps.samples", "timesteps.data_std",
     "sample.num_images", "sample.batch", "evaluate.ceiling_steps", "evaluate.timing_rounds",
     "report.num_images", "train.epochs", "train.batch", "train.learning_rate",
     "train.checkpoint_every", "train.log_every",
@@ -208,6 +237,7 @@ def validate(config: Config) -> None:
         raise InputError(
             f"config.evaluate.drift_images={config.evaluate.drift_images}: expected 0 or more"
         )
+    _check_manifold(config.score.manifold)
     if config.diffusion.eta < 0:
         raise InputError(f"config.diffusion.eta={config.diffusion.eta}: expected 0 or more")
     _check_pins(config.plan.pins)
@@ -274,6 +304,21 @@ def _check_type(where: str, value, default) -> None:
         raise InputError(f"{where}={value!r}: expected a {type(default).__name__}")
 
 
+def _check_manifold(readings) -> None:
+    weights = list(readings.weights)
+    numbers = all(type(weight) in (int, float) and math.isfinite(weight) for weight in weights)
+    if len(weights) != 4 or not numbers or min(weights) < 0 or not any(weights):
+        raise InputError(
+            f"config.score.manifold.weights={readings.weights}: expected four numbers, at least 0 "
+            "and not all 0: of energy, pca, dimension, growth"
+        )
+    if not 0 < readings.share <= 1:
+        raise InputError(
+            f"config.score.manifold.share={readings.share}: expected a share of the variance in "
+            "(0,1]"
+        )
+
+
 def _check_pins(pins) -> None:
     for pin in pins:
         try:
@@ -306,8 +351,9 @@ def _unknown_key(where: str, key: str, known) -> InputError:
 def for_arm(config: Config, changes) -> Config:
     """A copy of `config` with an arm's `changes` (keys of ARM_KEYS) put where they belong."""
     copy = config.copy_and_resolve_references()
-    if {"ratio", "ratio_bits", "resource", "budget"} & set(changes):  # the arm's own budget
-        copy.plan.budget = base().plan.budget
+    if {"ratio", "ratio_bits", "resource", "budget", "reduction"} & set(changes):
+        copy.plan.budget = base().plan.budget  # the arm's own budget
+        copy.plan.reduction = base().plan.reduction
     for key, value in changes.items():
         if key == "float":
             continue

@@ -1,6 +1,6 @@
 """What `mpqdiff plan` writes and prints: the plan, a front of plans, and the reasons for them."""
 
-from mpqdiff import explain, export, pareto, planning, report, solve
+from mpqdiff import explain, export, joint, pareto, planning, report, solve
 from mpqdiff import plan as plans
 from mpqdiff.artifacts import read_json, write_json
 from mpqdiff.errors import InputError, unknown_name
@@ -11,7 +11,7 @@ from mpqdiff.records import Status
 def plan_only(experiment: Experiment) -> str:
     """Stages up to `plan.json`; returns what to print."""
     workdir, config = experiment.store.workdir, experiment.config
-    plan = planning.plan(experiment, config, config.system)
+    plan = joint.plan(experiment, config, config.system)
     write_json(workdir / "config.json", config.to_dict())
     plans.save(plan, workdir / "plan.json")
     width = max(map(len, plan.w_bits))
@@ -23,7 +23,13 @@ def plan_only(experiment: Experiment) -> str:
     status = plan.provenance.get("status")
     if status:
         lines.append(f"{Status[status.upper()].value} (gap {plan.gap:.3g} of {plan.objective:.3g})")
-    return "\n".join([*lines, f"written: {workdir / 'plan.json'}"])
+    lines.append(f"written: {workdir / 'plan.json'}")
+    if len(config.plan.steps) > 1:
+        points = joint.search(experiment, config, config.system)
+        picked = joint.chosen(points, config.plan.tolerance)
+        joint.write(points, picked, workdir / "joint.json")
+        lines += [joint.table(points, picked), f"written: {workdir / 'joint.json'}"]
+    return "\n".join(lines)
 
 
 def _numbers(values: dict[str, float]) -> str:

@@ -10,5 +10,9 @@ def unknown_name(kind: str, name: str, known) -> InputError:
     return InputError(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")
 
 
+class InfeasibleError(InputError):
+    """No allocation fits the budgets: a larger budget, or fewer steps, may."""
+
+
 class VerificationError(RuntimeError):
     """What ran is not what the plan says; the message names each site and figure."""

@@ -13,6 +13,7 @@ from mpqdiff.evaluate.protocol import protocol
 from mpqdiff.pipeline import VERSIONS
 from mpqdiff.recipe import feature_space
 
+PAIRED = ("x0_mse", "psnr", "ssim")  # taken image by image
 COMPARED = ("x0_mse", "psnr", "kid", "fid")  # of `against_plan`
 
 
@@ -47,31 +48,56 @@ def metrics(arms: list[Arm]) -> tuple[list[dict], dict]:
     network, reference = feature_space(config)
     ceiling = extracted(ceiling_arm(arms[0]), network)
     base = extracted(arms[0], network)
-    paths = [trajectory(arm) for arm in arms]
+    followed = min(config.evaluate.drift_images, *(arm.count for arm in arms))
+    paths = [trajectory(arm, followed) for arm in arms]
     trained = [downstream_answers(arm) for arm in arms]
     rows = []
     for arm, path, right in tqdm(
         zip(arms, paths, trained, strict=True), desc="evaluate", total=len(arms)
     ):
         own = extracted(arm, network)
-        row = evaluate(
-            images=own["images"],
-            x_0=arm.samples[1],
-            features=own["features"],
-            logits=own["logits"],
-            spatial=own["spatial"],
-            reference=reference,
-            float_images=_decoded(arms[0]),
-            ceiling_features=ceiling["features"],
-            seed=config.seed,
-            values=True,
-            **_beside_float(arm, arms[0], base, path, paths[0]),
-        )
+        beside = _beside_float(arm, arms[0], base, path, paths[0])
+        shared = min(arm.count, arms[0].count)
+
+        def row_of(images: int, beside: dict, arm=arm, own=own) -> dict:
+            """The row of the arm's first `images`."""
+            return evaluate(
+                images=own["images"][:images],
+                x_0=arm.samples[1][:images],
+                features=own["features"][:images],
+                logits=own["logits"][:images],
+                spatial=own["spatial"],
+                reference=reference,
+                float_images=_decoded(arms[0] if beside else arm, images),
+                ceiling_features=ceiling["features"],
+                seed=config.seed,
+                values=True,
+                **beside,
+            )
+
+        if shared == arm.count == arms[0].count:
+            row = row_of(shared, beside)
+        else:  # of its own images, but for what is beside float: that is at equal numbers
+            cut = {name: beside[name][:shared] for name in ("float_x_0", "float_features")}
+            row = _beside_equals(row_of(arm.count, {}), row_of(shared, beside | cut))
         if arm is not arms[0]:
-            row |= class_agreement(own["logits"], base["logits"])
+            row |= class_agreement(own["logits"][:shared], base["logits"][:shared])
             row |= downstream(right, trained[0])
         rows.append(row)
-    return _judged(arms, rows), described(arms[0], network, reference)
+    return _judged(arms, rows), described(arms, network, reference)
+
+
+def _beside_equals(row: dict, shared: dict) -> dict:
+    """`row` of all of an arm's images with, from its row of those that float has too, the paired
+    metrics and the differences from float; `n_shared` is their number."""
+    taken = (*PAIRED, "delta_fid", "drift", "drift_curve")
+    keys = {key for name in taken for key in (name, f"{name}_ci") if key in shared}
+    values = {name: shared["values"][name] for name in PAIRED if name in shared["values"]}
+    return (
+        row
+        | {key: shared[key] for key in keys}
+        | {"values": row["values"] | values, "n_shared": shared["n_images"]}
+    )
 
 
 def _beside_float(arm: Arm, base: Arm, base_features, path, base_path) -> dict:
@@ -89,9 +115,8 @@ def _beside_float(arm: Arm, base: Arm, base_features, path, base_path) -> dict:
     }
 
 
-def trajectory(arm: Arm) -> np.ndarray | None:
-    """The arm's x_t for the images that drift is taken on, [S,n,H,W,C], cached; None for none."""
-    count = min(arm.config.evaluate.drift_images, arm.config.sample.num_images)
+def trajectory(arm: Arm, count: int) -> np.ndarray | None:
+    """The arm's x_t for the first `count` images, [S,n,H,W,C], cached; None for none."""
     if not count:
         return None
 
@@ -141,15 +166,15 @@ def _judged(arms: list[Arm], rows: list[dict]) -> list[dict]:
     return rows
 
 
-def described(arm: Arm, network, reference) -> dict:
-    """The protocol that all arms share."""
-    config = arm.config
+def described(arms: list[Arm], network, reference) -> dict:
+    """The protocol that all arms share; its number of images is the least of theirs."""
+    arm, config = arms[0], arms[0].config
     return protocol(
         feature_space=network.name,
         feature_hash=network.hash,
         reference=config.evaluate.reference,
         reference_count=reference.num_train or 0,
-        n_images=config.sample.num_images,
+        n_images=min(each.count for each in arms),
         seeds=[config.sample.seed],
         guidance=config.diffusion.guidance_scale,
         sampler=f"{config.diffusion.sampler}, eta {config.diffusion.eta:g}, clip "
@@ -164,11 +189,12 @@ def paired_metrics(arm: Arm, base: Arm) -> dict:
     """The metrics that need no feature network: against float on the same seeds."""
     if arm is base:
         return {}
-    decoded = _decoded(base)
+    shared = min(arm.count, base.count)
+    decoded = _decoded(base, shared)
     return paired_numbers(
-        arm.samples[1],
-        base.samples[1],
-        images=None if decoded is None else arm.images,
+        arm.samples[1][:shared],
+        base.samples[1][:shared],
+        images=None if decoded is None else arm.images[:shared],
         float_images=decoded,
         values=True,
     )
@@ -179,6 +205,6 @@ def _decoder(arm: Arm) -> str | None:
     return arm.experiment.autoencoder and arm.experiment.autoencoder.hash
 
 
-def _decoded(base: Arm) -> np.ndarray | None:
-    """The float arm's images where they are decoded from latents."""
-    return base.images if base.experiment.autoencoder else None
+def _decoded(arm: Arm, count: int) -> np.ndarray | None:
+    """The arm's first `count` images where they are decoded from latents."""
+    return arm.images[:count] if arm.experiment.autoencoder else None

@@ -41,8 +41,9 @@ from mpqdiff.records import Statistics
 
 # Bumped when a stage's results change.
 VERSIONS = {
-    "calibrate": 1, "record": 3, "score": 3, "seconds": 1, "plan": 4, "sample": 1, "features": 2,
-    "gram": 1, "decode": 1, "trajectory": 1, "downstream": 1,
+    "calibrate": 1, "record": 3, "score": 3, "seconds": 1, "plan": 5, "sample": 1, "features": 2,
+    "gram": 1, "decode": 1, "trajectory": 1, "downstream": 1, "manifold": 1,
+    "drift": 1, "joint": 1,
 }  # fmt: skip
 
 
@@ -75,6 +76,7 @@ class Experiment:
         check_features(config, self.pixel_shape)
         d = config.diffusion
         self.abar = alphas_cumprod(d.schedule, d.num_timesteps, d.betas)
+        self._steps: dict[tuple, np.ndarray] = {}  # selected once each
 
     @cached_property
     def timesteps(self) -> np.ndarray:
@@ -82,13 +84,17 @@ class Experiment:
         return self.steps(self.config)
 
     def steps(self, config: Config) -> np.ndarray:
-        """The kept timesteps of the recipe's sampler, int32 [S], descending."""
-        name = config.timesteps.name
+        """The kept timesteps of the recipe's sampler, int32 [S], descending; even ones where they
+        are pruned by a student, who comes later (`joint`)."""
+        name = config.timesteps.name if config.timesteps.name != "drift" else "uniform"
         taken = timesteps.arguments(name)
         given = {key: config.timesteps[key] for key in config.timesteps if key in taken}
-        if "gram" in taken:
-            given["gram"] = self.eps_gram
-        return timesteps.select(self.abar, config.diffusion.num_steps, name, **given)
+        asked = (config.diffusion.num_steps, name, *sorted(given.items()))
+        if asked not in self._steps:
+            if "gram" in taken:
+                given["gram"] = self.eps_gram
+            self._steps[asked] = timesteps.select(self.abar, *asked[:2], **given)
+        return self._steps[asked]
 
     @cached_property
     def eps_gram(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from mpqdiff import aggregate, costs, export, scoring, seconds, solve
 from mpqdiff import plan as plans
 from mpqdiff.config import Config
 from mpqdiff.costs import bitops, energy, legality
-from mpqdiff.errors import InputError
+from mpqdiff.errors import InfeasibleError, InputError
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan
 from mpqdiff.quantize.apply import fixed_cost, float_leaves
@@ -34,8 +34,13 @@ class Options(NamedTuple):
 
 
 def given_budgets(config: Config) -> dict[str, float]:
-    """The budgets of the config; empty where the ratio decides."""
+    """The budgets of the config in their units; empty where the ratio decides."""
     return {name: float(value) for name, value in config.plan.budget.items() if value}
+
+
+def bounds(config: Config, name: str) -> bool:
+    """Whether the config bounds the resource `name` by a number of its own."""
+    return bool(config.plan.budget[name] or config.plan.reduction.get(name))
 
 
 def options(experiment: Experiment, config: Config) -> Options:
@@ -48,7 +53,7 @@ def options(experiment: Experiment, config: Config) -> Options:
     operations = seconds.operations(experiment, config)
     legal, ruled_out = legality.restrict(operations, choices, legal, device)
     fixed, measured = fixed_costs(experiment, config), {}
-    if p.budget.seconds:
+    if bounds(config, "seconds"):
         measured["seconds"], fixed["seconds"] = seconds.per_image(experiment, config, choices)
     tables = _tables(experiment, config, choices, measured)
     return Options(choices, legal, ruled_out, tables, fixed)
@@ -102,9 +107,35 @@ def uniform(experiment: Experiment, config: Config, bits: int) -> dict[str, floa
     return predict(found, legal.argmax(axis=1))
 
 
+def float_total(experiment: Experiment, name: str) -> float:
+    """What arm 0, the float32 model at its own steps, takes of resource `name`."""
+    config, sites = experiment.config, experiment.sites
+    if name in ("bytes", "file_bytes"):
+        return float(sum(leaf.size * 4 for leaf in jax.tree.leaves(experiment.params)))
+    fixed, measured = fixed_costs(experiment, config), {}
+    if name == "seconds":
+        measured["seconds"], fixed["seconds"] = seconds.per_image(experiment, config, [costs.FLOAT])
+    rows = costs.table(
+        name,
+        sites,
+        [costs.FLOAT],
+        asymmetric=[False] * len(sites),
+        evaluations=experiment.evaluations(config),
+        batch=seconds.batch(config),
+        measured=measured,
+    )
+    return float(rows.sum()) + fixed[name]
+
+
 def budgets(experiment: Experiment, config: Config) -> dict[str, float]:
-    """The recipe's budgets by resource: as given, or the ratio times uniform `ratio_bits`."""
+    """The recipe's budgets by resource: as given, as a share of float's (`plan.reduction`), or the
+    ratio times uniform `ratio_bits`. Of two for one resource the smaller holds."""
     given, p = given_budgets(config), config.plan
+    for name, times in p.reduction.items():
+        if times:
+            share = float_total(experiment, name) / times
+            share = float(np.floor(share)) if name.endswith("bytes") else share
+            given[name] = min(share, given.get(name, share))
     if given:
         return given
     unit = uniform(experiment, config, p.ratio_bits)[p.resource]
@@ -158,7 +189,7 @@ def allocate(experiment: Experiment, config: Config, problem: Problem) -> Alloca
     taken = {name: offered[name] for name in solve.arguments(p.solver) if name in offered}
     answer = solve.solve(problem, p.solver, **taken)
     if not answer.status.feasible:
-        raise InputError(solve.advice(answer, problem))
+        raise InfeasibleError(solve.advice(answer, problem))
     return answer
 
 
@@ -173,10 +204,10 @@ def plan(experiment: Experiment, config: Config, system: str) -> Plan:
         "plan": config.plan.to_dict(),
         "mode": config.quantize.mode,
         "clip": config.quantize.clip,
-        "num_steps": config.diffusion.num_steps,
+        "timesteps": experiment.steps(config).tolist(),
         "seed": config.seed,
         "system": system,
-        "seconds": seconds.model(experiment, config)[0] if config.plan.budget.seconds else None,
+        "seconds": seconds.model(experiment, config)[0] if bounds(config, "seconds") else None,
     }
 
     def compute(folder):

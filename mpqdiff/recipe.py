@@ -18,7 +18,7 @@ from mpqdiff.evaluate import features, statistics
 from mpqdiff.quantize.apply import check_backend
 from mpqdiff.quantize.numerics import CLIPS, check_bits
 from mpqdiff.sensitivity import orthogonality
-from mpqdiff.timesteps import candidates, edges
+from mpqdiff.timesteps import candidates, drift, edges
 
 
 def recipes(config: Config) -> list[Config]:
@@ -76,28 +76,27 @@ def check_names(config: Config) -> None:
         )
     for bits in (config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
         check_bits(bits)
-    uniform_timesteps(config.diffusion.num_timesteps, config.diffusion.num_steps)
     d = config.diffusion
-    check_selection(config, alphas_cumprod(d.schedule, d.num_timesteps, d.betas))
+    abar = alphas_cumprod(d.schedule, d.num_timesteps, d.betas)
+    for count in {d.num_steps, *config.plan.steps}:
+        uniform_timesteps(d.num_timesteps, count)
+        check_selection(config, abar, count)
 
 
-def check_selection(config: Config, abar: np.ndarray) -> None:
-    """InputError where timesteps cannot be selected as asked, before a trajectory is recorded for
-    it. abar [F]."""
-    chosen, count = config.timesteps, config.diffusion.num_steps
+def check_selection(config: Config, abar: np.ndarray, count: int) -> None:
+    """InputError where `count` timesteps cannot be selected as asked, before a trajectory is
+    recorded for it. abar [F]."""
+    chosen = config.timesteps
     taken = timesteps.arguments(chosen.name)
-    if "drift" in taken:
-        raise InputError(
-            f"config.timesteps.name={chosen.name!r} prunes by the drift of a quantised student, "
-            "which a recipe does not have before its plan: choose another here, or call "
-            "mpqdiff.timesteps.select"
-        )
-    if "gram" not in taken:
+    if chosen.drift not in drift.READINGS:
+        raise unknown_name("reading of drift", chosen.drift, drift.READINGS)
+    if not {"gram", "drift"} & taken.keys():
         timesteps.select(abar, count, chosen.name, **{k: chosen[k] for k in taken if k in chosen})
         return
     steps = candidates.candidates_of(abar)
     candidates.check_count(count, candidates.protected(steps, len(abar), chosen.tail), chosen.tail)
-    edges.check_reading(chosen.data_std, chosen.power)
+    if "gram" in taken:
+        edges.check_reading(chosen.data_std, chosen.power)
 
 
 def load_model(config: Config):

@@ -147,7 +147,7 @@ def assemble(arms: list[Arm], times: list[dict], rows: list[dict], described: di
                 **efficiency(arm, taken, times[0]["own"]),
                 **{name: row.get(name) for name in METRICS},
                 **{name: value for name, value in row.items() if name not in METRICS},
-                "n_images": config.sample.num_images,
+                "n_images": arm.count,
                 "seed": config.sample.seed,
             }
             for arm, taken, row in zip(arms, times, rows, strict=True)

@@ -70,12 +70,17 @@ def verdicts(
 
     `values` has each row's values per image by metric (`Estimate.values`), on the same seeds in
     one order: a metric that both rows have there is decided by the paired test, one of which both
-    have an interval by the intervals; the others are left out. Raises InputError as `verdict`.
+    have an interval by the intervals; the others are left out, as are rows of different numbers
+    of images. Raises InputError as `verdict`.
     """
     found: list[dict[str, dict[str, str]]] = [{} for _ in rows]
     for i, j in combinations(range(len(rows)), 2):
         for key in METRICS:
             paired = key in values[i] and key in values[j]
+            if paired and len(values[i][key]) != len(values[j][key]):
+                continue
+            if not paired and rows[i].get("n_images") != rows[j].get("n_images"):
+                continue
             if not paired and not (rows[i].get(f"{key}_ci") and rows[j].get(f"{key}_ci")):
                 continue
             sharp = (values[i][key], values[j][key]) if paired else None

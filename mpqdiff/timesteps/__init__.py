@@ -13,9 +13,9 @@ import numpy as np
 
 from mpqdiff.diffusion.steps import check_timesteps, log_snr_timesteps
 from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.timesteps import gram, prune, quadratic, shortest_path, uniform
+from mpqdiff.timesteps import drift, gram, prune, quadratic, shortest_path, uniform
 
-__all__ = ["SELECTORS", "arguments", "gram", "select"]
+__all__ = ["SELECTORS", "arguments", "drift", "gram", "select"]
 
 SELECTORS = {
     "uniform": uniform.select,

@@ -1,0 +1,82 @@
+"""DiffPro (arXiv 2511.11446) on the embedded Fashion-MNIST models: bits, activations and steps.
+
+    mpqdiff run --config=configs/diffpro.py --workdir=runs/diffpro
+    mpqdiff run --config=configs/diffpro.py:unet --workdir=runs/diffpro_unet
+    mpqdiff run --config=configs/diffpro.py:joint --workdir=runs/diffpro_joint
+
+The paper's headline is the plan: 6.25x smaller in the file, half of 1000 steps. Beside it float at
+1000 to 10 steps, even ones and those of the exact selector; W8A8; uniform widths at the same bytes;
+the plan with other steps. 500 images at 1000 steps (U-Net 128), 1 000 up to 500, 5 000 up to 50:
+arms are compared at equal numbers, on the seeds that both have. `:joint` chooses the number of
+steps too, under the same bytes; `configs/ablations/diffpro.py` takes the method apart. The tables
+are in docs/results.md. `:smoke` runs on random weights in seconds and publishes no metric.
+"""
+
+from mpqdiff.config import base, smoke
+
+PINS = {"fashion_dit": (("patch_embed|final", 8),), "fashion_unet": (("conv_in|conv_out", 8),)}
+ARGUMENTS = ("", "unet", "seed1", "joint", "smoke")
+
+
+def method(weights: str = "fashion_dit"):
+    """The recipe alone, without arms."""
+    config = base()
+    config.name = config.system = "diffpro"
+    config.weights = weights
+    config.diffusion.num_steps = 1000
+    config.calibration.update(samples=128, timesteps=25)
+    config.score.name = "manifold"
+    config.aggregate.name = "mean"
+    config.plan.update(w_bits=(4, 6, 8), solver="repair", steps=(500,))
+    config.plan.pins = PINS[weights.removesuffix("_seed1")]
+    config.plan.reduction.file_bytes = 6.25
+    config.quantize.mode = "step_table"
+    config.timesteps.update(name="drift", tail=0.1, samples=64)
+    config.sample.update(num_images=500, by_steps=((50, 5000), (500, 1000)), batch=250)
+    config.evaluate.timing_rounds = 3
+    config.arms = {}
+    return config
+
+
+def get_config(arg: str = ""):
+    """`arg`: "", "unet", "seed1" (the second trained DiT), "joint" or "smoke"."""
+    if arg not in ARGUMENTS:
+        raise ValueError(f"unknown argument {arg!r}; known: {', '.join(ARGUMENTS[1:])}")
+    models = {"unet": "fashion_unet", "seed1": "fashion_dit_seed1"}
+    config = method(models.get(arg, "fashion_dit"))
+    config.name = f"diffpro {arg}".strip()
+    arms = {}
+    for steps in (500, 50, 20, 10):
+        for name, short in (("uniform", "even"), ("shortest_path", "exact")):
+            arms[f"float_{steps}_{short}"] = {"float": True, "num_steps": steps, "timesteps": name}
+    eight = {"w_bits": (8,), "solver": "uniform", "ratio_bits": 8, "ratio": 1.0}
+    arms["w8a8_1000"] = {**eight, "steps": (1000,), "timesteps": "uniform"}
+    arms["w8a8_500"] = {**eight, "timesteps": "uniform"}
+    for name in ("uniform", "random", "size_only"):
+        arms[name] = {"solver": name}
+    arms["uniform_1000"] = {"solver": "uniform", "steps": (1000,), "timesteps": "uniform"}
+    arms["plan_even"] = {"timesteps": "uniform"}
+    for steps in (500, 50, 20):
+        arms[f"plan_{steps}_exact"] = {"steps": (steps,), "timesteps": "shortest_path"}
+    if arg == "unet":
+        config.sample.update(num_images=128, batch=128)
+        kept = ("float_500_even", "float_50_even", "float_50_exact", "float_20_even",
+                "float_20_exact", "w8a8_500", "uniform", "plan_50_exact")  # fmt: skip
+        arms = {name: arms[name] for name in kept}
+    if arg == "joint":
+        config.plan.steps = (500, 250, 100, 50, 20, 10)
+        config.timesteps.update(name="shortest_path", tail=0.0)
+        arms = {name: {"solver": name} for name in ("uniform", "random", "size_only")}
+    config.arms = arms
+    if arg == "smoke":
+        config = smoke(config)
+        config.diffusion.update(num_timesteps=40, num_steps=40)
+        config.plan.steps = (8,)
+        config.timesteps.samples = 4
+        config.sample.by_steps = ()
+        config.arms = {
+            "float_8_exact": {"float": True, "num_steps": 8, "timesteps": "shortest_path"},
+            "plan_4_exact": {"steps": (4,), "timesteps": "shortest_path"},
+            "uniform": {"solver": "uniform"},
+        }
+    return config

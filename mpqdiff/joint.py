@@ -1,0 +1,258 @@
+"""Steps and bits together: which S, and which widths, under budgets that both of them spend.
+
+DiffPro's loop (arXiv 2511.11446, Algorithm 1 as it can be read) with its outer choice made
+explicit. Bytes do not depend on S; BitOPs, seconds and joules of an image grow with it, so that
+under those a step saved buys bits. For each S of `plan.steps`:
+
+    widths   solved under the budgets, S steps long
+    steps    S of the F timesteps; with `timesteps.name = "drift"` pruned by how far the student of
+             those very widths leaves its teacher
+    error    mean squared error of x_0 against the float model of arm 0, same noise and condition,
+             of the integer model itself
+
+The plan is the S of least error; of those tied with it by the paired test, the fewest steps. With
+`plan.tolerance`, it is the fewest steps whose relative error stays within that.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+
+from mpqdiff import planning, timesteps
+from mpqdiff.artifacts import load_arrays, read_json, save_arrays, write_json
+from mpqdiff.config import Config
+from mpqdiff.errors import InfeasibleError, InputError
+from mpqdiff.evaluate.intervals import mean_interval
+from mpqdiff.evaluate.paired import paired_difference, x0_errors
+from mpqdiff.pipeline import VERSIONS, Experiment
+from mpqdiff.plan import Plan
+from mpqdiff.quantize import activations
+from mpqdiff.quantize.apply import QuantizedModel, build, quantize
+from mpqdiff.records import FLOAT_BITS
+
+BATCH = 64  # images followed at once
+
+
+def plan(experiment: Experiment, config: Config, system: str) -> Plan:
+    """The recipe's plan, at one S of `plan.steps`. InputError where none is feasible."""
+    counts = tuple(config.plan.steps)
+    if len(counts) <= 1:
+        return at_steps(experiment, config, system, *counts)
+    found = search(experiment, config, system)
+    return at_steps(experiment, config, system, chosen(found, config.plan.tolerance)["steps"])
+
+
+def at_steps(experiment: Experiment, config: Config, system: str, steps: int | None = None) -> Plan:
+    """The plan of the recipe at `steps` (default: the sampler's own), timesteps selected."""
+    recipe = config.copy_and_resolve_references()
+    recipe.plan.steps = ()
+    recipe.diffusion.num_steps = config.diffusion.num_steps if steps is None else steps
+    if config.timesteps.name != "drift":
+        return planning.plan(experiment, recipe, system)
+    recipe.timesteps.name = "uniform"  # the widths do not depend on which steps run
+    solved = planning.plan(experiment, recipe, system)
+    kept = drift_steps(experiment, config, solved, recipe.diffusion.num_steps)
+    recorded = experiment.statistics[1].timesteps
+    return replace(
+        solved,
+        timesteps=tuple(int(t) for t in kept),
+        groups=activations.groups(recorded, kept, solved.mode),
+    )
+
+
+def student(experiment: Experiment, config: Config, plan: Plan) -> QuantizedModel:
+    """The integer model of `plan`, on the device."""
+    table = experiment.table(config, plan.a_bits)
+    flags = experiment.asymmetric(config)
+    tensors = quantize(
+        experiment.params, experiment.sites, plan, table, flags, clip=config.quantize.clip
+    )
+    return build(
+        experiment.denoise,
+        experiment.params,
+        experiment.sites,
+        plan,
+        tensors,
+        table,
+        backend=config.quantize.backend,
+    )
+
+
+def drift_steps(experiment: Experiment, config: Config, plan: Plan, steps: int) -> np.ndarray:
+    """`steps` timesteps int32 [S], pruned from the whole schedule by the drift of `plan`'s student
+    from the float teacher, cached."""
+
+    def compute(folder):
+        model = student(experiment, config, plan)
+        noise, cond, _ = experiment.inputs(config.seed, 0, config.timesteps.samples)
+        follow = partial(
+            timesteps.drift.measure,
+            experiment.predicted(experiment.denoise),
+            experiment.params,
+            experiment.predicted(model.denoise),
+            model.params,
+            noise,
+            cond,
+            alphas_cumprod=experiment.abar,
+            reading=config.timesteps.drift,
+            clip=config.diffusion.clip,
+        )
+        drift = follow()
+        kept = timesteps.select(
+            experiment.abar,
+            steps,
+            "drift",
+            drift=drift,
+            tail=config.timesteps.tail,
+            remeasure=(lambda left: follow(timesteps=left)) if config.timesteps.every else None,
+            every=config.timesteps.every or 1,
+        )
+        save_arrays(folder / "drift.npz", {"timesteps": kept, "drift": drift})
+
+    key = {
+        "plan": plan.hash,
+        "record": experiment.statistics[0].name,
+        "conditions": experiment.conditions_hash,
+        "steps": steps,
+        "timesteps": config.timesteps.to_dict(),
+        "quantize": config.quantize.to_dict(),
+        "diffusion": config.diffusion.to_dict(),
+        "seed": config.seed,
+    }
+    folder = experiment.store.get("drift", version=VERSIONS["drift"], key=key, compute=compute)
+    return load_arrays(folder / "drift.npz")["timesteps"]
+
+
+def search(experiment: Experiment, config: Config, system: str) -> list[dict]:
+    """One point per S of `plan.steps`, descending, cached: steps, timesteps, status, predicted,
+    error (mean, ends and, of each image, values), relative (error over the mean square of x_0)."""
+    name = experiment.statistics[0].name
+
+    def compute(folder):
+        truth = sampled(experiment, config, experiment.denoise, experiment.params, None)
+        points = [
+            _point(experiment, config, system, steps, truth)
+            for steps in sorted(set(config.plan.steps), reverse=True)
+        ]
+        write_json(folder / "points.json", points)
+
+    key = {
+        "record": name,
+        "config": {
+            part: config[part].to_dict()
+            for part in ("score", "aggregate", "plan", "quantize", "timesteps", "diffusion")
+        },
+        "conditions": experiment.conditions_hash,
+        "seed": config.seed,
+        "system": system,
+    }
+    folder = experiment.store.get("joint", version=VERSIONS["joint"], key=key, compute=compute)
+    return read_json(folder / "points.json")
+
+
+def _point(experiment: Experiment, config: Config, system: str, steps: int, truth) -> dict:
+    try:
+        solved = at_steps(experiment, config, system, steps)
+    except InfeasibleError as error:
+        return {"steps": steps, "status": str(error), "predicted": None, "error": None}
+    model = student(experiment, config, solved)
+    kept = np.asarray(solved.timesteps, np.int32)
+    errors = x0_errors(sampled(experiment, config, model.denoise, model.params, kept), truth)
+    interval = mean_interval(errors)
+    return {
+        "steps": steps,
+        "status": "feasible",
+        "timesteps": kept.tolist(),
+        "predicted": solved.predicted,
+        "w_bits": _mean_bits(experiment, solved),
+        "error": interval.value,
+        "error_ci": [interval.low, interval.high],
+        "relative": interval.value / float(np.mean(np.square(truth, dtype=np.float64))),
+        "values": errors.tolist(),
+    }
+
+
+def _mean_bits(experiment: Experiment, plan: Plan) -> float:
+    weights = [site for site in experiment.sites if site.parameters]
+    held = sum(site.stored * (plan.w_bits[site.path] or FLOAT_BITS) for site in weights)
+    return held / sum(site.stored for site in weights)
+
+
+def sampled(experiment: Experiment, config: Config, denoise, params, kept) -> np.ndarray:
+    """x_0 float32 [n,H,W,C] of the calibration seeds, n = `plan.rollout`; `kept` None is arm 0."""
+    kept = experiment.timesteps if kept is None else kept
+    run = jax.jit(experiment.sampler(denoise, kept))
+    count, batch = config.plan.rollout, min(BATCH, config.plan.rollout)
+    parts = [
+        np.asarray(run(params, *experiment.inputs(config.seed, start, batch)))
+        for start in range(0, count, batch)
+    ]
+    return np.concatenate(parts)[:count]
+
+
+def chosen(points: list[dict], tolerance: float = 0.0) -> dict:
+    """The point that becomes the plan. Raises InputError, with every reason, where none can."""
+    able = [point for point in points if point["error"] is not None]
+    if not able:
+        reasons = "; ".join(f"{point['steps']} steps: {point['status']}" for point in points)
+        raise InputError(f"no number of steps in plan.steps fits the budgets ({reasons})")
+    best = min(able, key=lambda point: point["error"])
+    if tolerance:
+        within = [point for point in able if point["relative"] <= tolerance]
+        return min(within, key=lambda point: point["steps"]) if within else best
+    tied = [point for point in able if _tied(point, best)]
+    return min(tied, key=lambda point: point["steps"])
+
+
+def _tied(point: dict, best: dict) -> bool:
+    interval = paired_difference(point["values"], best["values"])
+    return point is best or interval.low <= 0
+
+
+def front(points: list[dict], resources: tuple[str, ...]) -> list[bool]:
+    """Which points no other one beats in error and in all `resources` of its prediction."""
+
+    def numbers(point):
+        return [point["error"], *(point["predicted"][name] for name in resources)]
+
+    able = [point for point in points if point["error"] is not None]
+
+    def beaten(point):
+        own = numbers(point)
+        return any(
+            all(a <= b for a, b in zip(numbers(other), own, strict=True)) and numbers(other) != own
+            for other in able
+        )
+
+    return [point["error"] is not None and not beaten(point) for point in points]
+
+
+def table(points: list[dict], picked: dict) -> str:
+    """The points for people, one line each."""
+    lines = ["steps  mean bits  file bytes     GBitOPs    x0 MSE (95 %)"]
+    for point in points:
+        if point["error"] is None:
+            lines.append(f"{point['steps']:>5}  {point['status']}")
+            continue
+        low, high = point["error_ci"]
+        mark = "  <- the plan" if point is picked else ""
+        lines.append(
+            f"{point['steps']:>5}  {point['w_bits']:>9.2f}  "
+            f"{point['predicted']['file_bytes']:>10,}  {point['predicted']['bitops'] / 1e9:>10.4g}"
+            f"    {point['error']:.3e} [{low:.3e}, {high:.3e}]{mark}"
+        )
+    return "\n".join(lines)
+
+
+def write(points: list[dict], picked: dict, path) -> None:
+    """`joint.json`: the points, which is the plan, and which no other one beats."""
+    resources = ("file_bytes", "bitops", "joules")
+    best = front(points, resources)
+    kept = [
+        {key: value for key, value in point.items() if key not in ("values", "timesteps")}
+        | {"plan": point is picked, "front": flag}
+        for point, flag in zip(points, best, strict=True)
+    ]
+    write_json(path, {"schema": 1, "resources": ["error", *resources], "points": kept})

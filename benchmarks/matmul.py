@@ -4,11 +4,13 @@
 
 Every row times float32 and int8 forms in turn, so that both meet the same machine. `layer` is
 x @ W + b against quantise, product, dequantise, bias; `product` is the int8 product alone, its
-integers given; `aqt` the same layer by AQT, where it is installed. `mlp` is Dense, GELU, Dense.
+integers given, `torch int8` the same by `torch._int_mm`; `aqt` the same layer by AQT; both where
+they are installed. `mlp` is Dense, GELU, Dense.
 `quantise` sets the package's rounding against clip(round(x / scale)) with a conversion to int8.
 """
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable
 
@@ -32,19 +34,33 @@ LAYERS = {
 SCALE = 0.03
 
 
-def medians(functions: dict[str, tuple[Callable, tuple]], repeats: int) -> dict[str, float]:
-    """Median seconds of each compiled (function, arguments), interleaved call by call."""
+def medians(
+    functions: dict[str, tuple[Callable, tuple]],
+    repeats: int,
+    others: dict[str, Callable] | None = None,
+) -> dict[str, float]:
+    """Median seconds of each compiled (function, arguments), interleaved call by call.
+
+    `others` take no arguments and block until they are done: another library's, not compiled here.
+    """
+    others = {} if others is None else others
     compiled = {
         name: (jax.jit(function).lower(*args).compile(), args)
         for name, (function, args) in functions.items()
     }
     for function, args in compiled.values():
         jax.block_until_ready(function(*args))
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for other in others.values():
+        other()
+    seconds: dict[str, list[float]] = {name: [] for name in (*compiled, *others)}
     for _ in range(repeats):
         for name, (function, args) in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(function(*args))
+            seconds[name].append(time.perf_counter() - start)
+        for name, other in others.items():
+            start = time.perf_counter()
+            other()
             seconds[name].append(time.perf_counter() - start)
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
@@ -87,7 +103,18 @@ def layer_row(rng, batch: int, shape: tuple[int, int, int], repeats: int) -> dic
     }
     if aqt := aqt_layer():
         functions["aqt"] = (aqt, integers)
-    return medians(functions, repeats)
+    torch = torch_product(xq.reshape(-1, shape[1]), integers[1])
+    return medians(functions, repeats, {"torch int8": torch} if torch else {})
+
+
+def torch_product(xq, wq) -> Callable | None:
+    """A call of torch's int8 x int8 -> int32 product on the same integers; None without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    left, right = torch.from_numpy(np.array(xq)), torch.from_numpy(np.array(wq))
+    return lambda: torch._int_mm(left, right)
 
 
 def mlp_row(rng, batch: int, repeats: int) -> dict[str, float]:
@@ -135,12 +162,12 @@ def table(batch: int, repeats: int) -> str:
     }
     rows[f"mlp {batch * TOKENS} x 96 -> 384 -> 96"] = mlp_row(rng, batch, repeats)
     rows[f"quantise {batch * TOKENS} x 384 (round, ours)"] = quantise_row(rng, batch, repeats)
-    columns = ("layer", "product", "aqt")
-    lines = [f"{'':36}{'float32 us':>12}" + "".join(f"{name:>10}" for name in columns)]
+    columns = ("layer", "product", "torch int8", "aqt")
+    lines = [f"{'':36}{'float32 us':>12}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in rows.items():
         ratios = (f"{row['float32'] / row[c]:.2f}x" if c in row else "-" for c in columns)
         lines.append(
-            f"{name:36}{row['float32'] * 1e6:12.0f}" + "".join(f"{ratio:>10}" for ratio in ratios)
+            f"{name:36}{row['float32'] * 1e6:12.0f}" + "".join(f"{ratio:>12}" for ratio in ratios)
         )
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ def experiment_config(weights: str, batch: int, steps: int):
     """W8A8, the paper's plan, and both with AQT, at one batch size."""
     config = base()
     config.weights = weights
+    config.plan.pins = ()  # paths differ between the models
     config.diffusion.num_steps = steps
     config.calibration.update(samples=16, timesteps=steps)
     config.sample.update(num_images=batch, batch=batch)

@@ -33,7 +33,7 @@ def method(weights: str = "fashion_dit"):
     config.quantize.mode = "step_table"
     config.timesteps.update(name="drift", tail=0.1, samples=64)
     config.sample.update(num_images=500, by_steps=((50, 5000), (500, 1000)), batch=250)
-    config.evaluate.timing_rounds = 3
+    config.evaluate.update(timing_rounds=3, health_images=8)
     config.arms = {}
     return config
 

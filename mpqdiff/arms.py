@@ -84,8 +84,9 @@ class Arm:
             "plan": plan.hash,
             "record": experiment.statistics[0].name,
             "clip": self.config.quantize.clip,
+            "table": [self.config.quantize.groups, self.config.quantize.beta],
         }
-        folder = experiment.store.get("quantize", version=1, key=key, compute=compute)
+        folder = experiment.store.get("quantize", version=2, key=key, compute=compute)
         return folder / "model.safetensors"
 
     @cached_property
@@ -195,7 +196,7 @@ class Arm:
             "plan": self.plan.hash if self.plan else None,
             "record": self.experiment.statistics[0].name if self.plan else None,
             "backend": self.backend,
-            "clip": self.config.quantize.clip if self.plan else None,
+            "quantize": self.config.quantize.to_dict() if self.plan else None,
             "sample": {"num_images": count, "batch": self.batch, "seed": self.config.sample.seed},
         }
         folder = self.experiment.store.get(

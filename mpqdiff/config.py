@@ -133,7 +133,9 @@ def base() -> Config:
     config.quantize = ConfigDict(
         dict(
             backend="kernels",  # kernels (XLA's product), pallas_tpu, pallas_gpu, aqt
-            mode="step_table",  # static, step_table, online
+            mode="step_table",  # static, step_table, online, ema
+            groups=0,  # rows of the table at most; 0: one for each recorded timestep
+            beta=0.9,  # ema: the share of the range that is kept from one row to the next
             products=False,  # attention products in integers
             clip="mse",  # weight scale: mse or absmax
         )
@@ -155,6 +157,7 @@ def base() -> Config:
             timing_rounds=5,  # every arm once per round, in turn
             batch_1=False,  # time single images too; one more program per arm
             drift_images=0,  # images whose trajectories are compared; one more program per arm
+            health_images=0,  # images whose clipped and not finite activations are counted, by arm
             downstream=False,  # classifiers trained on each arm's samples; needs real test images
         )
     )
@@ -205,6 +208,7 @@ ARM_KEYS = {
     "steps": "plan.steps",
     "backend": "quantize.backend",
     "mode": "quantize.mode",
+    "groups": "quantize.groups",
     "seed": "seed",
     "num_steps": "diffusion.num_steps",
     "timesteps": "timesteps.name",
@@ -238,6 +242,10 @@ def validate(config: Config) -> None:
             f"config.evaluate.drift_images={config.evaluate.drift_images}: expected 0 or more"
         )
     _check_manifold(config.score.manifold)
+    if config.evaluate.health_images < 0:
+        raise InputError(
+            f"config.evaluate.health_images={config.evaluate.health_images}: expected 0 or more"
+        )
     if config.diffusion.eta < 0:
         raise InputError(f"config.diffusion.eta={config.diffusion.eta}: expected 0 or more")
     _check_pins(config.plan.pins)

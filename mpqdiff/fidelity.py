@@ -6,8 +6,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mpqdiff.arms import Arm
-from mpqdiff.artifacts import load_arrays, save_arrays
-from mpqdiff.evaluate import drift, evaluate, features, paired_numbers, verdicts
+from mpqdiff.artifacts import load_arrays, read_json, save_arrays, write_json
+from mpqdiff.evaluate import drift, evaluate, features, health, paired_numbers, verdicts
 from mpqdiff.evaluate.downstream import class_agreement, correct, downstream, real_images
 from mpqdiff.evaluate.protocol import protocol
 from mpqdiff.pipeline import VERSIONS
@@ -128,6 +128,24 @@ def trajectory(arm: Arm, count: int) -> np.ndarray | None:
         "trajectory", version=VERSIONS["trajectory"], key=key, compute=compute
     )
     return load_arrays(folder / "trajectory.npz")["x_ts"]
+
+
+def clipped(arm: Arm) -> dict | None:
+    """`health` of a quantised arm's activations, cached; None for float, and where no image is
+    asked for."""
+    count = min(arm.config.evaluate.health_images, arm.count)
+    if arm.plan is None or not count:
+        return None
+
+    def compute(folder):
+        write_json(folder / "health.json", health.health(arm, images=count))
+
+    key = {"sample": arm.samples[0], "count": count}
+    folder = arm.experiment.store.get(
+        "health", version=VERSIONS["health"], key=key, compute=compute
+    )
+    found = read_json(folder / "health.json")
+    return {name: found[name] for name in ("clip_rate", "not_finite")} | {"images": count}
 
 
 def downstream_answers(arm: Arm) -> np.ndarray | None:

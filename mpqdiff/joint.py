@@ -28,7 +28,6 @@ from mpqdiff.evaluate.intervals import mean_interval
 from mpqdiff.evaluate.paired import paired_difference, x0_errors
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan
-from mpqdiff.quantize import activations
 from mpqdiff.quantize.apply import QuantizedModel, build, quantize
 from mpqdiff.records import FLOAT_BITS
 
@@ -54,11 +53,10 @@ def at_steps(experiment: Experiment, config: Config, system: str, steps: int | N
     recipe.timesteps.name = "uniform"  # the widths do not depend on which steps run
     solved = planning.plan(experiment, recipe, system)
     kept = drift_steps(experiment, config, solved, recipe.diffusion.num_steps)
-    recorded = experiment.statistics[1].timesteps
     return replace(
         solved,
         timesteps=tuple(int(t) for t in kept),
-        groups=activations.groups(recorded, kept, solved.mode),
+        groups=experiment.served(config, kept),
     )
 
 

@@ -41,9 +41,9 @@ from mpqdiff.records import Statistics
 
 # Bumped when a stage's results change.
 VERSIONS = {
-    "calibrate": 1, "record": 3, "score": 3, "seconds": 1, "plan": 5, "sample": 1, "features": 2,
+    "calibrate": 1, "record": 3, "score": 3, "seconds": 2, "plan": 6, "sample": 2, "features": 2,
     "gram": 1, "decode": 1, "trajectory": 1, "downstream": 1, "manifold": 1,
-    "drift": 1, "joint": 1,
+    "drift": 1, "joint": 1, "health": 1,
 }  # fmt: skip
 
 
@@ -285,7 +285,15 @@ class Experiment:
             self.sites,
             mode=config.quantize.mode,
             a_bits=a_bits,
+            groups=config.quantize.groups,
+            beta=config.quantize.beta,
         )
+
+    def served(self, config: Config, steps) -> tuple[tuple[int, int], ...]:
+        """The range of the sampler's `steps` [S] that each row of the recipe's table serves."""
+        mode = config.quantize.mode
+        kept = activations.rows(self.statistics[1].timesteps, mode, config.quantize.groups)
+        return activations.groups(kept, steps, mode)
 
     def asymmetric(self, config: Config) -> list[bool]:
         """[L]: which sites read an activation with a zero point; none where scales are online."""
@@ -304,7 +312,7 @@ class Experiment:
                 site.path: nothing if site.kind == "product" else None for site in self.all_sites
             },
             mode=mode,
-            groups=activations.groups(self.statistics[1].timesteps, timesteps, mode),
+            groups=self.served(config, timesteps),
             timesteps=tuple(int(t) for t in timesteps),
             system="",
         )

@@ -17,7 +17,7 @@ from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sites import Site
 
 SCHEMA = 1
-MODES = ("static", "step_table", "online")
+MODES = ("static", "step_table", "online", "ema")
 
 
 @dataclass(frozen=True)

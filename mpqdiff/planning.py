@@ -186,6 +186,8 @@ def allocate(experiment: Experiment, config: Config, problem: Problem) -> Alloca
     """The recipe's solver on its problem. InputError, with advice, when nothing fits."""
     p = config.plan
     offered = {"key": jax.random.key(config.seed), "exact": p.exact, "node_limit": p.node_limit}
+    if config.score.name == "manifold":  # what seeds a plan by rank
+        offered["score"] = scoring.importance(experiment, config)
     taken = {name: offered[name] for name in solve.arguments(p.solver) if name in offered}
     answer = solve.solve(problem, p.solver, **taken)
     if not answer.status.feasible:
@@ -202,8 +204,7 @@ def plan(experiment: Experiment, config: Config, system: str) -> Plan:
         "score": scoring.scores(experiment, config)[0],
         "aggregate": config.aggregate.to_dict(),
         "plan": config.plan.to_dict(),
-        "mode": config.quantize.mode,
-        "clip": config.quantize.clip,
+        "quantize": config.quantize.to_dict(),
         "timesteps": experiment.steps(config).tolist(),
         "seed": config.seed,
         "system": system,

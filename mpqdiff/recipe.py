@@ -15,9 +15,10 @@ from mpqdiff.diffusion.samplers import SAMPLERS, uniform_timesteps
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.evaluate import features, statistics
+from mpqdiff.quantize import activations
 from mpqdiff.quantize.apply import check_backend
 from mpqdiff.quantize.numerics import CLIPS, check_bits
-from mpqdiff.sensitivity import orthogonality
+from mpqdiff.sensitivity import manifold_score, orthogonality, ranking
 from mpqdiff.timesteps import candidates, drift, edges
 
 
@@ -64,10 +65,13 @@ def check_names(config: Config) -> None:
         ("sampler", config.diffusion.sampler, SAMPLERS),
         ("prediction type", config.diffusion.prediction_type, PREDICTION_TYPES),
         ("selection of timesteps", config.timesteps.name, timesteps.SELECTORS),
+        ("PCA sensitivity", config.score.manifold.pca, manifold_score.PCA),
+        ("normalisation", config.score.manifold.normalisation, ranking.NORMALISATIONS),
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
     check_backend(config.quantize.backend)
+    activations.check_readings(config.quantize.groups, config.quantize.beta)
     list_choices(config.plan.w_bits, config.plan.a_bits)
     if config.plan.resource == "seconds" and not any(config.plan.budget.values()):
         raise InputError(

@@ -6,6 +6,7 @@ from importlib import metadata
 import jax
 import numpy as np
 
+from mpqdiff import fidelity
 from mpqdiff.arms import Arm, time_arms
 from mpqdiff.artifacts import read_json, write_json
 from mpqdiff.costs.bitops import bitops
@@ -148,6 +149,7 @@ def assemble(arms: list[Arm], times: list[dict], rows: list[dict], described: di
                 **{name: row.get(name) for name in METRICS},
                 **{name: value for name, value in row.items() if name not in METRICS},
                 "n_images": arm.count,
+                "health": fidelity.clipped(arm),
                 "seed": config.sample.seed,
             }
             for arm, taken, row in zip(arms, times, rows, strict=True)

@@ -12,11 +12,14 @@ import numpy as np
 from mpqdiff import costs, sensitivity
 from mpqdiff.artifacts import chunked, load_arrays, read_json, save_arrays, write_json
 from mpqdiff.config import Config
+from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.quantize.simulate import supernet
 from mpqdiff.recipe import recipes
 from mpqdiff.records import Scores
+from mpqdiff.sensitivity import manifold_record, manifold_score, ranking
 from mpqdiff.sensitivity.eps_error import kappa
+from mpqdiff.solve import quantile
 
 
 def every_choice(experiment: Experiment, config: Config) -> tuple[list[costs.Choice], np.ndarray]:
@@ -72,6 +75,48 @@ def _rollout(experiment: Experiment, config: Config) -> dict:
         "samples": config.score.samples,
         "timesteps": experiment.steps(config).tolist(),
     }
+
+
+def _manifold_key(experiment: Experiment, config: Config) -> dict:
+    """The recorded signals, and the readings by which they become a score."""
+    readings = _readings(config)
+    for kind, name, known in (
+        ("PCA sensitivity", readings["pca"], manifold_score.PCA),
+        ("normalisation", readings["normalisation"], ranking.NORMALISATIONS),
+    ):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    return {"manifold": _manifold_recorded(experiment, config).name, **readings}
+
+
+def _readings(config: Config) -> dict:
+    """The arguments of the manifold score."""
+    own = config.score.manifold
+    weights = dict(zip(ranking.SIGNALS, map(float, own.weights), strict=True))
+    return {"pca": own.pca, "normalisation": own.normalisation, "weights": weights}
+
+
+def _manifold_recorded(experiment: Experiment, config: Config) -> Path:
+    """The folder with what the manifold score reads of the model, whatever it makes of it."""
+    own = config.score.manifold
+    arguments = {
+        "rows": own.rows,
+        "share": own.share,
+        "rotate": own.pca == "rotate",  # a pass of its own
+        "memory_gb": config.calibration.memory_gb,
+    }
+
+    def compute(folder):
+        found = manifold_record.record(
+            *simulation(experiment, config),
+            *experiment.calibrated,
+            **arguments,
+            chunks=lambda name: chunked(folder, name),
+        )
+        save_arrays(folder / "recorded.npz", found)
+
+    key = {"record": experiment.statistics[0].name, **_simulated(experiment, config), **arguments}
+    return experiment.store.get("manifold", version=VERSIONS["manifold"], key=key, compute=compute)
 
 
 def simulation(experiment: Experiment, config: Config) -> tuple[Any, Any, Any, Any, Any]:
@@ -134,6 +179,42 @@ def _rollout_error(experiment: Experiment, config: Config, folder: Path) -> Scor
     )
 
 
+def _manifold(experiment: Experiment, config: Config, folder: Path) -> Scores:
+    """Beside the score, its signals by site: `manifold_signals` reads them."""
+    recorded = load_arrays(_manifold_recorded(experiment, config) / "recorded.npz")
+    choices, legal = every_choice(experiment, config)
+    readings, paths = _readings(config), [site.path for site in experiment.sites]
+    if len(recorded["site"]):
+        signals = manifold_score.signals(recorded, **readings)
+        signals["distribution"] = quantile.distribution(signals["combined"])
+        signals["paths"] = np.array([paths[site] for site in recorded["site"]])
+        save_arrays(folder / "signals.npz", signals)
+    return manifold_score.score(recorded, experiment.sites, choices, legal, **readings)
+
+
+def manifold_signals(experiment: Experiment, config: Config) -> dict[str, np.ndarray]:
+    """Signals of the recipe's manifold score, [M] each, of the sites at which anything is decided.
+
+    {paths, energy, pca, dimension, k, features, growth, combined, distribution}: see
+    `manifold_score.signals`; distribution is F(combined). Raises InputError for a recipe with
+    another score, and where every site is pinned.
+    """
+    if config.score.name != "manifold":
+        raise InputError(
+            f"score {config.score.name!r} has no manifold signals: expected 'manifold'"
+        )
+    path = experiment.store.workdir / "artifacts" / "score" / scores(experiment, config)[0]
+    return load_arrays(path / "signals.npz")
+
+
+def importance(experiment: Experiment, config: Config) -> np.ndarray:
+    """The combined manifold score of every site, float64 [L], 0 where nothing is decided: what the
+    solver `repair` takes as `score`. Raises InputError as `manifold_signals`."""
+    signals = manifold_signals(experiment, config)
+    found = dict(zip(signals["paths"].tolist(), signals["combined"], strict=True))
+    return np.array([found.get(site.path, 0.0) for site in experiment.sites])
+
+
 # What each score takes from the experiment, and what else than the recorded statistics its value
 # depends on.
 MEASURES = {
@@ -142,6 +223,7 @@ MEASURES = {
     "output_error": _output_error,
     "eps_error": _eps_error,
     "rollout_error": _rollout_error,
+    "manifold": _manifold,
     "random": _random,
 }
 ARGUMENTS = {
@@ -150,5 +232,6 @@ ARGUMENTS = {
     "output_error": _simulated,
     "eps_error": _simulated,
     "rollout_error": _rollout,
+    "manifold": _manifold_key,
     "random": lambda experiment, config: {"seed": config.seed},
 }

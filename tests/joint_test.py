@@ -221,3 +221,18 @@ def test_set_metrics_are_of_all_images_and_pairs_of_the_shared_ones(tmp_path):
     }
     assert set(rows[1]["against"]) == {"x0_mse", "psnr", "ssim"} & set(rows[1]["against"])
     assert "fid" in equal[1]["against"]
+
+
+def test_a_quantised_arm_says_what_its_scales_cut_off(config, tmp_path):
+    from mpqdiff import results
+
+    recipe = _recipe(config, evaluate__health_images=2, quantize__mode="ema", quantize__groups=2)
+    found = arms.list_arms(pipeline.Experiment(recipe, tmp_path))
+    for arm in found:
+        arm.verify()
+    rows = results.assemble(found, results.timed(found), [{}, {}], {})["arms"]
+    assert rows[0]["health"] is None
+    assert rows[1]["health"]["not_finite"] == 0
+    assert 0 <= rows[1]["health"]["clip_rate"]["mean"] <= rows[1]["health"]["clip_rate"]["max"] < 1
+    assert rows[1]["health"]["images"] == 2
+    assert len(found[1].model[0]["steps"].timesteps) == 2

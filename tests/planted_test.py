@@ -1,9 +1,9 @@
 """A model in which only two named sites affect the output: what each score makes of it.
 
 Only eps_error and rollout_error, which run the rest of the network, can rank those sites first.
-weight_error reads weights, output_error a site's own output, orthogonality what sites' outputs
-share: all of these are the same whichever sites the output depends on. The tests below show both,
-and what the other scores rank first instead.
+weight_error reads weights, output_error and manifold a site's own output, orthogonality what sites'
+outputs share: all of these are the same whichever sites the output depends on. The tests below show
+both, and what the other scores rank first instead.
 """
 
 import flax.linen as nn
@@ -20,10 +20,10 @@ from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.quantize import activations, simulate
 from mpqdiff.quantize.apply import dequantized
 from mpqdiff.record import record
-from mpqdiff.sensitivity import SCORES
+from mpqdiff.sensitivity import SCORES, manifold_record
 
 CHOICES = ((4, 8), (8, 8))
-BLIND = ("orthogonality", "output_error", "random", "weight_error")
+BLIND = ("manifold", "orthogonality", "output_error", "random", "weight_error")
 PROPAGATED = ("eps_error", "rollout_error")
 # Sites with the same entry read the same features: 0 to 3 echo each other, 4 and 5 stand alone.
 GROUPS = (0, 0, 0, 0, 1, 2)
@@ -75,6 +75,9 @@ def planted():
         choices = net, found, CHOICES, np.ones((len(found), len(CHOICES)), bool)
         inputs = x_ts, TIMESTEPS, labels
         measure = {
+            "manifold": lambda score: score(
+                manifold_record.record(denoise, *choices, *inputs), *choices[1:]
+            ),
             "orthogonality": lambda score: score(stats),
             "output_error": lambda score: score(denoise, *choices, *inputs),
             "eps_error": lambda score: score(denoise, *choices, *inputs),

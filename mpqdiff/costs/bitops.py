@@ -1,8 +1,9 @@
 """BitOPs of an image: sum over steps and products of MACs x weight bits x activation bits.
 
 Assumptions: a float operand counts 32 bits; attention products and whatever closure left in
-float are counted as 32 x 32; zero-point terms are precomputed column sums and cost nothing per
-product; no padding is added by the integer products.
+float are counted as 32 x 32; zero-point terms of weights are precomputed column sums and cost
+nothing per product, and the column sum that a product of activations takes as it runs is not
+counted; no padding is added by the integer products.
 """
 
 from collections.abc import Sequence

@@ -47,7 +47,7 @@ from mpqdiff.quantize.pack import pack, unpack
 from mpqdiff.sites import Site
 
 DTYPES = {"float32": jnp.float32, "bf16": jnp.bfloat16}
-VERSION = 1  # of the way of measuring: other versions' entries are not read
+VERSION = 2  # of the way of measuring: other versions' entries are not read
 ROUNDS = 40
 QUIET = 25  # percentile of rounds that sets the level: other work only ever adds time
 CALL = 2e-3  # seconds that one timed call should take, unless a single step takes longer

@@ -147,7 +147,7 @@ def _conv(module, args, out, asymmetric: bool, online: bool) -> Operation:
 
 
 def _product(module, args, out, asymmetric: bool, online: bool) -> Operation:
-    del asymmetric  # products are symmetric
+    del asymmetric  # a left zero point is always paid for
     operands, result = module.equation.split("->")
     left, right = operands.split(",")
     sizes = dict(zip(left, args[0].shape, strict=True)) | dict(

@@ -69,7 +69,7 @@ def read(compiled, *, images: Sequence[tuple[int, ...]]) -> Execution:
             operands = ("s8", f"s{kernel.group(2)}") if integer else ("?",)
             result = "s32" if integer else kind.split("[")[0]
             products.setdefault(found.group(1), []).append((result, operands))
-        elif found and re.search(r'/dot_general[^/"]*"', rest):
+        elif found and re.search(r'/(?:dot|conv)_general[^/"]*"', rest):
             # A one-row product is lowered to converts, a multiply and a reduce under its name:
             # their results tell; operands are read where one instruction multiplies.
             operands = re.findall(r"%([\w.\-]+)", rest.split("metadata=")[0].split(")")[0])

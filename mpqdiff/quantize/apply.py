@@ -1,8 +1,8 @@
 """Apply a plan: packed integer weights and scales as a pytree, and a `denoise` that uses them.
 
-Every planned site becomes one integer product (int8 x int8 -> int32, dequantised once). A
-convolution is the product of its patches: gathered in float and quantised with the rest, so that
-padding is real zero, that is, the zero point.
+Every planned site becomes one integer product (int8 x int8 -> int32, dequantised once), and a
+convolution one integer convolution; online, an image is what has a scale of its own there, as
+patches overlap.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +20,26 @@ from mpqdiff import intercept
 from mpqdiff.costs.bytes import fixed_bytes
 from mpqdiff.denoiser import Denoise
 from mpqdiff.errors import InputError, unknown_name
+from mpqdiff.kernels import attention_products
+from mpqdiff.kernels.gpu import require_gpu
+from mpqdiff.kernels.quantize_activations.reference import token_scale
+from mpqdiff.kernels.quantized_conv import pads, quantized_conv
+from mpqdiff.kernels.quantized_conv.patches import patches, surround
+from mpqdiff.kernels.quantized_conv.reference import image_scale
 from mpqdiff.kernels.quantized_matmul import quantized_matmul
 from mpqdiff.kernels.tpu import require_tpu
 from mpqdiff.plan import Plan, runs_in_integers
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.activations import Table
-from mpqdiff.quantize.numerics import qmax, quantize_activation, quantize_weight
+from mpqdiff.quantize.numerics import quantize_activation, quantize_weight
 from mpqdiff.quantize.pack import pack, unpack
 from mpqdiff.sites import Site, module_path
+
+# The equations that have an operation of their own, letters by their first appearance.
+ATTENTION = {
+    "abcd,aecd->acbe": attention_products.qk,
+    "abcd,adbe->acbe": attention_products.pv,
+}
 
 quantize_kernel = partial(jax.jit, static_argnames="clip")(quantize_weight)
 
@@ -175,7 +187,10 @@ def build(
     params = {"float": left, "sites": packed, "steps": steps}
     shapes = {path: entry["qvalue"].shape for path, entry in tensors.items()}
     unpackers = {path: partial(open_, bits=widths[path], shape=shapes[path]) for path in tensors}
-    integer = integer_denoise(denoise, sites, unpackers, matmul, a_bits=plan.a_bits)
+    attention = backend if backend in attention_products.IMPLEMENTATIONS else None
+    integer = integer_denoise(
+        denoise, sites, unpackers, matmul, a_bits=plan.a_bits, attention=attention
+    )
     return QuantizedModel(jax.tree.map(jnp.asarray, params), integer, widths)
 
 
@@ -186,6 +201,7 @@ def integer_denoise(
     matmul: Callable,
     *,
     a_bits: dict[str, Any],
+    attention: str | None = None,
 ) -> Denoise:
     """`denoise` over params = {"float", "sites", "steps"}, in integers where `a_bits` has widths.
     `unpackers` are by module, as params["sites"] are.
@@ -211,6 +227,7 @@ def integer_denoise(
                 a_bits[site.path],
                 open_=unpackers.get(module_path(site.path)),
                 matmul=matmul,
+                attention=attention,
             )
 
         operations = {
@@ -224,18 +241,30 @@ def integer_denoise(
 
 
 def integer_site(
-    site: Site, module, args, tensors, row, columns, bits, *, open_=None, matmul=quantized_matmul
+    site: Site,
+    module,
+    args,
+    tensors,
+    row,
+    columns,
+    bits,
+    *,
+    open_=None,
+    matmul=quantized_matmul,
+    attention: str | None = None,
 ):
     """The integer product of one call `module(*args)` of `site`: float in, float out.
 
     tensors: qvalue (what `open_` turns into int8 [K,N]), scale, and colsum and bias where there
     are any; row: scales and zero points [..., A] of this step, or None for online ones; columns:
-    the site's own of the A; bits: `a_bits` of a plan, which may be traced.
+    the site's own of the A; bits: `a_bits` of a plan, which may be traced; attention: the
+    implementation of attention products (`kernels.attention_products`).
     """
     if site.kind == "product":
-        return _activation_product(site, module, args, row, columns, bits)
+        return _activation_product(site, module, args, row, columns, bits, attention)
     (x,) = args
-    x = _patches(module, x) if site.kind == "conv" else x
+    if site.kind == "conv":
+        matmul = partial(_convolve, matmul, geometry=geometry(module))
     scale, zero = _scales(site.path, x, row, columns[0])
     return matmul(
         x,
@@ -249,29 +278,49 @@ def integer_site(
     )
 
 
-def _activation_product(site, module, args, row, columns, bits):
+def _activation_product(site, module, args, row, columns, bits, implementation=None):
+    """An attention product by its own operation, in `implementation`; any other as an einsum."""
     widths = bits["lhs"], bits["rhs"]
-    if row is None:  # one scale per tensor: tokens are contracted or batched by equation
-        scales = [
-            jnp.max(jnp.abs(x)) / qmax(width) + 1e-30 for x, width in zip(args, widths, strict=True)
-        ]
-    else:
-        scales = [
-            _against(row[0][..., column], x, site.path)
-            for x, column in zip(args, columns, strict=True)
-        ]
-    left, right = (
-        quantize_activation(x, scale, 0, width)
-        for x, scale, width in zip(args, scales, widths, strict=True)
+    (scale, zero), (other, _) = (
+        _scales(site.path, x, row, column) for x, column in zip(args, columns, strict=True)
     )
+    attention = ATTENTION.get(_spelled(module.equation))
+    if attention:
+        return attention(*args, scale, zero, other, bits=widths, implementation=implementation)
+    if scale is None or other is None:  # online: one for all, as any axis may be summed
+        scale, other = (
+            token_scale(x.reshape(-1), width)[0] for x, width in zip(args, widths, strict=True)
+        )
+    left = quantize_activation(args[0], scale, 0 if zero is None else zero, widths[0])
+    right = quantize_activation(args[1], other, 0, widths[1])
     acc = jnp.einsum(module.equation, left, right, preferred_element_type=jnp.int32)
-    scale = jnp.ravel(scales[0] * scales[1])
-    return acc * scale.reshape((-1,) + (1,) * (acc.ndim - 1))
+    by_image = (-1,) + (1,) * (acc.ndim - 1)
+    if zero is not None:
+        point = jnp.reshape(zero, by_image).astype(jnp.int32)
+        acc = acc - point * _column_sums(module.equation, left, right)
+    return acc * (jnp.ravel(scale) * jnp.ravel(other)).reshape(by_image)
+
+
+def _spelled(equation: str) -> str:
+    """An einsum's equation in the letters a, b, c, ... by their first appearance."""
+    letters = list(dict.fromkeys(filter(str.isalpha, equation)))
+    return equation.translate({ord(letter): ord("a") + i for i, letter in enumerate(letters)})
+
+
+def _column_sums(equation: str, left, right):
+    """What each unit of a zero point adds to einsum(equation, left, right): int32, broadcastable
+    to it. A sum over the left operand's rows would repeat itself, so it is given one row."""
+    operands, out = equation.split("->")
+    letters, others = operands.split(",")
+    sizes = zip(letters, left.shape, strict=True)
+    shape = [1 if letter in out and letter not in others else size for letter, size in sizes]
+    ones = jnp.ones(shape, jnp.int8)
+    return jnp.einsum(equation, ones, right, preferred_element_type=jnp.int32)
 
 
 def _scales(path: str, x, row, column: int):
-    """(scale, zero point) of operand x from the step's row; (None, None), each token's own, taken
-    by the product, where there is none."""
+    """(scale, zero point) of operand x from the step's row; (None, None), each token's own (each
+    image's of a convolution), taken by the product, where there is none."""
     if row is None:
         return None, None
     return tuple(_against(value[..., column], x, path) for value in row)
@@ -289,10 +338,12 @@ def _against(value, x, path: str):
     return value.reshape((-1,) + (1,) * (x.ndim - 1))
 
 
-def _patches(module: nn.Conv, x):
-    """Patches of x [B,H,W,C] in kernel order: [B,h,w, kh*kw*C]. Padding is real zero."""
-    size = _pair(module.kernel_size)
-    strides = _pair(module.strides)
+def geometry(module: nn.Conv) -> dict[str, Any]:
+    """kernel_size, strides and padding of a convolution, as `quantized_conv` takes them.
+
+    Raises InputError on a convolution that has no integer form.
+    """
+    size, strides = _pair(module.kernel_size), _pair(module.strides)
     plain = _pair(module.kernel_dilation) == _pair(module.input_dilation) == (1, 1)
     padding = module.padding
     zeros = not isinstance(padding, str) or padding in ("SAME", "SAME_LOWER", "VALID")
@@ -304,29 +355,24 @@ def _patches(module: nn.Conv, x):
     if not isinstance(padding, str):
         sides = [padding] * 2 if isinstance(padding, int) else list(padding)
         padding = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
-    pads = (
-        jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
-        if isinstance(padding, str)
-        else padding
-    )
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows = (x.shape[1] - size[0]) // strides[0] + 1
-    columns = (x.shape[2] - size[1]) // strides[1] + 1
-    taps = [
-        x[:, i : i + rows * strides[0] : strides[0], j : j + columns * strides[1] : strides[1]][
-            :, :rows, :columns
-        ]
-        for i in range(size[0])
-        for j in range(size[1])
-    ]
-    return jnp.concatenate(taps, axis=-1)
+    return {"kernel_size": size, "strides": strides, "padding": padding}
 
 
-def _pair(value) -> tuple[int, int]:
+def _pair(value) -> tuple[int, ...]:
     """Flax's `None | int | sequence` as a pair."""
     if value is None:
         return (1, 1)
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _convolve(matmul: Callable, x, weight, scale, *rest, geometry: Mapping[str, Any], x_bits):
+    """`quantized_conv`, or by patches for a back end that has only a `matmul`."""
+    if matmul is quantized_matmul:
+        return quantized_conv(x, weight, scale, *rest, **geometry, x_bits=x_bits)
+    scale = image_scale(x, x_bits) if scale is None else scale
+    padded = surround(x, pads(x.shape[1:3], **geometry))
+    rows = patches(padded, geometry["kernel_size"], geometry["strides"])
+    return matmul(rows, weight, scale, *rest, x_bits=x_bits)
 
 
 def _kernels_backend():
@@ -339,9 +385,11 @@ def _kernels_backend():
 def check_backend(backend: str) -> None:
     """Raises InputError on a back end that is unknown, or that cannot run on this machine."""
     if backend not in BACKENDS:
-        raise unknown_name("quantize.backend", backend, BACKENDS)
+        raise unknown_name("back end", backend, BACKENDS)
     if backend == "pallas_tpu":
         require_tpu("quantize.backend")
+    if backend == "pallas_gpu":
+        require_gpu("quantize.backend")
 
 
 def _packed_backend(implementation: str):
@@ -362,11 +410,24 @@ def _aqt_backend():
     return aqt.hold, aqt.open_, aqt.aqt_matmul
 
 
+def _transposed_backend(implementation: str):
+    """The same with packed weights held transposed, as the GPU kernel reads them: XLA drops the
+    two transposes."""
+    _, open_, matmul = _packed_backend(implementation)
+
+    def hold(qvalue, bits):
+        return np.ascontiguousarray(pack(qvalue, bits).T)
+
+    return hold, lambda held, *, bits, shape: open_(held.T, bits=bits, shape=shape), matmul
+
+
 # How a back end holds integer weights, opens them inside the program, and multiplies. "kernels" is
 # XLA's integer product, which runs everywhere; the others are named by their implementation.
 BACKENDS = {
     "kernels": _kernels_backend,
     "pallas_tpu": partial(_packed_backend, "pallas_tpu"),
+    "pallas_gpu": partial(_transposed_backend, "pallas_gpu"),
     "pallas_interpret": partial(_packed_backend, "pallas_interpret"),
+    "pallas_gpu_interpret": partial(_transposed_backend, "pallas_gpu_interpret"),
     "aqt": _aqt_backend,
 }

@@ -5,6 +5,7 @@ The scores need different inputs (their signatures say which), so the caller sup
 
 from mpqdiff.sensitivity import (
     eps_error,
+    manifold_score,
     orthogonality,
     output_error,
     random,
@@ -18,5 +19,6 @@ SCORES = {
     "output_error": output_error.score,
     "eps_error": eps_error.score,
     "rollout_error": rollout_error.score,
+    "manifold": manifold_score.score,
     "random": random.score,
 }

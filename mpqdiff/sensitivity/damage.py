@@ -156,6 +156,7 @@ def evaluations(
         return 0
     counts = {
         "output_error": T * N * (1 + most(pairs)),
+        "manifold": T * N * (2 + most(pairs)),
         "eps_error": T * N * (1 + len(pairs)),
         "rollout_error": S * N * (1 + len(pairs)),
     }

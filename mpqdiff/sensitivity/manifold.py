@@ -11,9 +11,9 @@ C, principal directions V of 95 % of the variance), y' the quantised ones and x 
     concentration  p = 1 - H(v / sum v) / log D,  v the eigenvalues of C
     growth         g = max(0, off(y') - off(y)),  off(y) = 1 - E ||V^T (y - m)||^2 / E ||y - m||^2
 
-of which `ranking` makes one score. Everything is written for one timestep and one choice of widths,
-but for the growth. Moments (mean [D], covariance [D,D]) are divided by the number of rows. NumPy
-float64 throughout.
+of which `ranking` makes one score; `manifold_record` measures them in a model. All is written
+for one timestep and one choice of widths, but for the growth. Moments (mean [D], covariance [D,D])
+are divided by the number of rows. NumPy float64 throughout.
 """
 
 import numpy as np
@@ -30,6 +30,8 @@ from mpqdiff.sensitivity.subspace import (
 )
 
 MANIFOLDS = ("timestep", "pooled")
+# Rounding of a float32 sum of products, by the norms of the two factors.
+FLOAT32_SUMS = 1e-6
 
 
 def energy(mean, cov) -> float:
@@ -38,10 +40,15 @@ def energy(mean, cov) -> float:
     Raises InputError like `subspace.check_moments`, and where the features are all 0.
     """
     mean, cov = check_moments(mean, cov)
-    power = float(mean @ mean + np.trace(cov))
-    if power <= 0:
-        raise InputError(f"energy of features with E ||x||^2 = {power}: expected one above 0")
-    return float(np.log10(power))
+    total = float(mean @ mean + np.trace(cov))
+    if total <= 0:
+        raise InputError(f"energy of features with E ||x||^2 = {total}: expected one above 0")
+    return float(np.log10(total))
+
+
+def power(own: Principal) -> float:
+    """E ||x||^2 of features with the moments of `own`."""
+    return float(own.mean @ own.mean + own.values.sum())
 
 
 def dimension(own: Principal, *, share: float = 0.95) -> float:
@@ -83,10 +90,16 @@ def pca_rotate(own: Principal, quantised: Principal, *, share: float = 0.95) -> 
             f"{quantised.vectors.shape[1]} directions of quantised outputs, expected at least "
             f"{k}: record more rows"
         )
-    theirs = quantised.vectors[:, :k]
-    # ||VV' - WW'||_F^2 = 2 ||(I - VV') W||_F^2, without the cancellation of 2k - 2 ||V'W||_F^2.
-    outside = theirs - mine @ (mine.T @ theirs)
-    return min(float(np.linalg.norm(outside)) / float(np.sqrt(k)), 1.0)
+    return apart(mine, quantised.vectors[:, :k])
+
+
+def apart(mine, theirs) -> float:
+    """`pca_rotate` of the directions mine [D,k] and theirs [D,r], r <= k: those that theirs lack
+    count as lost, so that it is 1 with r = 0."""
+    # ||VV' - WW'||_F^2 = 2 ||(I - WW') V||_F^2 with r = k, without the cancellation of
+    # 2k - 2 ||V'W||_F^2.
+    lost = mine - theirs @ (theirs.T @ mine)
+    return min(float(np.linalg.norm(lost)) / float(np.sqrt(mine.shape[1])), 1.0)
 
 
 def pca_concentration(own: Principal) -> float:
@@ -149,3 +162,25 @@ def relative_error(mean, cov, error) -> float:
     """q = E ||y' - y||^2 / E ||y||^2; moments of y, and error [D,D] as in `pca_leak`."""
     _, error = check_moments(mean, error, "quantisation error")
     return float(np.trace(error) / 10 ** energy(mean, cov))
+
+
+def of_sums(sums, power) -> tuple[float, float, float]:
+    """(leak, growth, relative error) from sums over the rows of a site.
+
+    With e = y' - y, c = y - m and V the principal directions, `sums` are those of |e|^2, |V'e|^2,
+    c.e and (V'c).(V'e); `power` those of |V'c|^2, |c|^2 - |V'c|^2 and |y|^2. As in
+
+        |(I - VV')(y' - m)|^2 = |(I - VV')c|^2 + 2 (c.e - V'c.V'e) + |e|^2 - |V'e|^2
+
+    the growth is a difference of sums of e alone, that the much larger ones of y do not blur. What
+    is left within float32's rounding of those counts as none.
+    """
+    error, leaked, along, along_inside = (float(value) for value in sums)
+    inside, outside, total = (float(value) for value in power)
+    moved = 2 * along + error  # sum |y' - m|^2 - |c|^2
+    risen = 2 * (along - along_inside) + error - leaked
+    spread = inside + outside
+    rise = risen * spread - outside * moved
+    blur = FLOAT32_SUMS * spread * (2 * np.sqrt(spread * error) + error)
+    grown = rise / (spread * (spread + moved)) if rise > blur else 0.0
+    return leaked / inside, grown, error / total

@@ -21,6 +21,8 @@ CONSTANT = 1e-12
 # Rounding of a sum of variances; of an eigenvalue, and of asymmetry, by the largest entry.
 ROUNDING = 1e-9
 ASYMMETRY = 1e-6
+# Rounding of a float32 covariance of thousands of features, by its largest eigenvalue.
+NEGATIVE = 1e-4
 
 
 class Principal(NamedTuple):
@@ -57,7 +59,7 @@ def check_moments(mean, cov, name: str = "activations") -> tuple[np.ndarray, np.
 def _descending(matrix, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues, rounding below 0 removed, and eigenvectors of a symmetric matrix."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    if values[0] < -ASYMMETRY * np.abs(values).max():
+    if values[0] < -NEGATIVE * np.abs(values).max():
         raise InputError(
             f"{name}: eigenvalue {values[0]:.3g} beside the largest of {values[-1]:.3g}, expected "
             "none below 0: this is no covariance"

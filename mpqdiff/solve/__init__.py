@@ -18,6 +18,7 @@ from mpqdiff.solve import (
     interior,
     lp,
     random,
+    repair,
     size_only,
     threshold,
     ties,
@@ -27,6 +28,7 @@ from mpqdiff.solve import (
 SOLVERS = {
     "lp": lp.solve,
     "greedy": greedy.solve,
+    "repair": repair.solve,
     "threshold": threshold.solve,
     "evolution": evolution.solve,
     "uniform": uniform.solve,

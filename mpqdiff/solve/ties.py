@@ -54,8 +54,17 @@ def expand(allocation: Allocation, group: np.ndarray) -> Allocation:
 
 
 def on_groups(arguments: dict, group: np.ndarray) -> dict:
-    """A solver's `fitness` and `seeds` [P,L], which know sites, for a problem over groups."""
+    """A solver's `fitness`, `seeds` [P,L] and `score` [L], which know sites, for a problem over
+    groups; a group has the largest score of its members."""
     out = dict(arguments)
+    score = out.get("score")
+    if score is not None:
+        if np.shape(score) != group.shape:
+            raise InputError(f"score has shape {np.shape(score)}, expected [{len(group)}]")
+        if not np.isfinite(score).all():
+            raise InputError(f"score {score}: expected finite ones, [L]")
+        out["score"] = np.full(group.max() + 1, -np.inf)
+        np.maximum.at(out["score"], group, np.asarray(score, np.float64))
     fitness, seeds = out.get("fitness"), out.get("seeds")
     if fitness is not None:
         out["fitness"] = lambda choices: fitness(choices[:, group])

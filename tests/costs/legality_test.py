@@ -116,7 +116,7 @@ def test_what_has_no_integer_form_is_what_the_integer_model_refuses(name):
     found = legality.operations(denoise, params, [site], x, 0, None)["conv"]
     conv = nn.Conv(4, (3, 3), **CONVS[name])
     try:
-        apply._patches(conv.bind({}), x)
+        apply.geometry(conv.bind({}))
     except InputError:
         assert legality.float_only(found)
         assert legality.executions(found) == legality.FLOATS

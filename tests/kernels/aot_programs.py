@@ -26,9 +26,11 @@ from mpqdiff.diffusion.samplers import ddim, uniform_timesteps
 from mpqdiff.diffusion.schedule import linear
 from mpqdiff.evaluate import verify
 from mpqdiff.kernels import tpu
+from mpqdiff.kernels.attention_products import pv, qk
 from mpqdiff.kernels.gram import gram
 from mpqdiff.kernels.quantize_activations import quantize_activations
 from mpqdiff.kernels.quantized_matmul import quantized_matmul
+from mpqdiff.kernels.row_routing import gather_rows, scatter_rows
 from mpqdiff.kernels.weight_only_matmul import weight_only_matmul
 from mpqdiff.models import DIT_SIZES
 from mpqdiff.plan import Plan
@@ -93,10 +95,37 @@ def weight_only(on, rows, inputs, outputs, bits):
     return run, on((rows, inputs), jnp.bfloat16), packed, *[on((outputs,), jnp.float32)] * 2
 
 
+def attention(on, images, heads, queries, keys, width, *, each=False):
+    """`qk` and `pv` and their arguments; `each`: scales by image, and a zero point of them."""
+    scales = on((images,) if each else (), jnp.float32), on((images,) if each else (), jnp.int8)
+    q, k = (on((images, tokens, heads, width), jnp.float32) for tokens in (queries, keys))
+    p = on((images, heads, queries, keys), jnp.float32)
+    scores, mixed = (partial(run, implementation="pallas_tpu") for run in (qk, pv))
+    return (
+        (scores, q, k, scales[0], scales[1] if each else None, scales[0]),
+        (mixed, p, k, *scales, scales[0]),
+    )
+
+
+def routing(on, images, rows, taken, features, dtype, *, add=False):
+    """`gather_rows` and `scatter_rows` and their arguments."""
+    x, y = (on((images, count, features), dtype) for count in (rows, taken))
+    index = on((images, taken), jnp.int32)
+    return (
+        (partial(gather_rows, implementation="pallas_tpu"), x, index),
+        (partial(scatter_rows, add=add, implementation="pallas_tpu"), x, index, y),
+    )
+
+
 def kernels(on) -> dict:
     """Every kernel and option, at sizes that blocks divide and sizes that nothing divides."""
     quantize = partial(quantize_activations, implementation="pallas_tpu")
     grams = partial(gram, implementation="pallas_tpu")
+    scores, mixed = attention(on, 2, 6, 256, 256, 64)
+    scores_odd, mixed_odd = attention(on, 3, 5, 601, 77, 36, each=True)
+    gathered, scattered = routing(on, 4, 256, 100, 384, jnp.float32)
+    gathered_odd, added_odd = routing(on, 3, 49, 33, 131, jnp.bfloat16, add=True)
+    gathered_int8, scattered_int8 = routing(on, 3, 49, 33, 131, jnp.int8)
     programs = {
         "w8_gelu": layer(on, 256, 1152, 768, 8, activation="gelu"),
         "w4_zero": layer(on, 256, 1152, 384, 4, zero=True),
@@ -112,6 +141,16 @@ def kernels(on) -> dict:
         "quantize_odd": (quantize, on((3, 50, 1027), jnp.bfloat16)),
         "gram": (grams, on((64, 16, 384), jnp.float32)),
         "gram_odd": (grams, on((101, 33, 31), jnp.bfloat16)),
+        "qk_w8": scores,
+        "pv_w8": mixed,
+        "qk_w8_odd": scores_odd,
+        "pv_w8_odd": mixed_odd,
+        "gather": gathered,
+        "scatter": scattered,
+        "gather_odd": gathered_odd,
+        "scatter_add_odd": added_odd,
+        "gather_int8": gathered_int8,
+        "scatter_int8": scattered_int8,
     }
     return {name: compiled(*program) for name, program in programs.items()}
 

@@ -101,8 +101,15 @@ def check_sampler(program: dict) -> None:
 
 
 def test_every_kernel_compiles_to_integer_products_alone(small):
-    assert len(small["kernels"]) == 14
+    assert len(small["kernels"]) == 24
     check_kernels(small["kernels"])
+    called = {
+        name: program["calls"][0].split("/")[-2] for name, program in small["kernels"].items()
+    }
+    for operation in ("gather", "scatter"):
+        names = [name for name in called if name.startswith(operation)]
+        assert {called[name] for name in names} == {f"{operation}_rows"}
+        assert not any(small["kernels"][name]["products"] for name in names)
 
 
 def test_a_quantised_sampler_multiplies_packed_integers(small):

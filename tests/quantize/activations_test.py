@@ -1,5 +1,7 @@
 """Activation tables: a row per recorded timestep, looked up by nearest, symmetric or not."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -38,15 +40,22 @@ def test_step_table_has_a_row_for_each_timestep_and_a_column_for_each_operand():
     np.testing.assert_array_equal(table.timesteps, TIMESTEPS)
     np.testing.assert_allclose(table.scale[:, 0], np.array([9, 5, 1]) / qmax(8), rtol=1e-6)
     np.testing.assert_allclose(table.scale[:, 1], np.array([4.1, 3.1, 2.2]) / 255, rtol=1e-6)
-    np.testing.assert_allclose(table.scale[:, 2], 1 / qmax(8), rtol=1e-6)
+    np.testing.assert_allclose(table.scale[:, 2], 1 / 255, rtol=1e-6)
     np.testing.assert_allclose(table.scale[:, 3], np.array([2, 3, 1]) / qmax(4), rtol=1e-6)
-    np.testing.assert_array_equal(table.zero_point[:, [0, 2, 3]], 0)
+    np.testing.assert_array_equal(table.zero_point[:, [0, 3]], 0)
+    np.testing.assert_array_equal(table.zero_point[:, 2], -128)
     expected = np.round(np.array([0.1, 0.1, 0.2]) / np.asarray(table.scale[:, 1])) - 128
     np.testing.assert_array_equal(table.zero_point[:, 1], expected)
 
 
 def test_lopsided_is_one_answer_for_all_timesteps_and_never_for_products():
     assert activations.lopsided(_statistics(), SITES) == [False, True, False]
+    assert activations.lopsided_left(_statistics(), SITES) == [False, False, True]
+    signed = _statistics()
+    signed.input_min[1, 2, 0] = -0.5  # at one timestep
+    assert activations.lopsided_left(signed, SITES) == [False, False, False]
+    table = activations.table(signed, SITES, mode="step_table", a_bits=BITS)
+    np.testing.assert_array_equal(table.zero_point[:, 2:], 0)
 
 
 def test_static_covers_the_range_of_all_timesteps():
@@ -62,8 +71,55 @@ def test_online_has_no_rows():
 
 
 def test_an_unknown_mode_lists_the_known_ones():
-    with pytest.raises(InputError, match="'ema'; known: online, static, step_table"):
-        activations.table(_statistics(), SITES, mode="ema", a_bits=BITS)
+    with pytest.raises(InputError, match="'tdq'; known: ema, online, static, step_table"):
+        activations.table(_statistics(), SITES, mode="tdq", a_bits=BITS)
+
+
+def _falling(count=12):
+    """Statistics of `count` timesteps, 999 down to 10, whose ranges fall and rise by site."""
+    stats = _statistics()
+    steps = np.rint(np.linspace(999, 10, count)).astype(np.int32)
+    wave = 1 + np.cos(np.arange(count))[:, None, None] + np.zeros((1, *stats.input_max.shape[1:]))
+    return replace(stats, timesteps=steps, input_max=5 * wave, input_min=-2 * wave)
+
+
+def test_ema_never_falls_faster_than_its_share_from_one_row_to_the_next():
+    stats = _falling()
+    _, low, high = activations.ranges(stats, "ema", beta=0.8)
+    want = [stats.input_max[0]]
+    for row in stats.input_max[1:]:
+        want.append(np.maximum(row, 0.8 * want[-1]))
+    np.testing.assert_allclose(high, np.stack(want))
+    np.testing.assert_allclose(low, -0.4 * np.stack(want))
+    assert (high > stats.input_max).any()
+    for mode, beta in (("ema", 0.0), ("step_table", 0.9)):
+        np.testing.assert_array_equal(
+            activations.ranges(stats, mode, beta=beta)[2], stats.input_max
+        )
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 7, 12, 30])
+@pytest.mark.parametrize("mode", ["step_table", "ema"])
+def test_a_row_of_a_group_covers_every_timestep_that_looks_it_up(most, mode):
+    stats = _falling()
+    table = activations.table(stats, SITES, mode=mode, a_bits=BITS, groups=most)
+    whole = activations.table(stats, SITES, mode=mode, a_bits=BITS)
+    assert len(table.timesteps) == min(most, 12)
+    for t, step in zip(stats.timesteps, stats.input_max, strict=True):
+        scale, _ = activations.row(table, t)
+        alone, _ = activations.row(whole, t)
+        assert mode == "ema" or np.all(scale >= 0.999 * alone)
+        assert 127 * scale[0] >= 0.999 * step[0, 0]
+    steps = np.arange(999, -1, -37)
+    found = activations.groups(activations.rows(stats.timesteps, mode, most), steps, mode)
+    assert len(found) == min(most, 12)
+    assert (found[0][0], found[-1][1]) == (999, steps[-1])
+
+
+@pytest.mark.parametrize(("groups", "beta", "named"), [(-1, 0.9, "groups"), (0, 1.0, "beta")])
+def test_readings_out_of_range_are_refused(groups, beta, named):
+    with pytest.raises(InputError, match=f"quantize.{named}="):
+        activations.table(_statistics(), SITES, mode="ema", a_bits=BITS, groups=groups, beta=beta)
 
 
 def test_the_row_is_that_of_the_nearest_timestep():

@@ -11,6 +11,8 @@ import pytest
 from mpqdiff import intercept
 from mpqdiff.costs.bytes import device_bytes
 from mpqdiff.errors import InputError
+from mpqdiff.kernels.quantized_conv import pads
+from mpqdiff.kernels.quantized_conv.patches import patches, surround
 from mpqdiff.quantize import apply
 from mpqdiff.quantize.activations import Table
 from mpqdiff.quantize.numerics import activation_scale, quantize_activation
@@ -65,18 +67,20 @@ def test_back_ends_agree_on_the_whole_denoiser(tiny, products):
     np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["pallas_interpret", "pallas_gpu_interpret"])
 @pytest.mark.parametrize("mode", ["step_table", "online"])
-def test_a_kernel_of_packed_weights_agrees_on_the_whole_denoiser(tiny, mode):
+def test_a_kernel_of_packed_weights_agrees_on_the_whole_denoiser(tiny, mode, backend):
     plan = tiny.plan((2, 4, 8), mode=mode)
     ours = _eps(tiny.build(plan), tiny, np.int32(30))
-    model = tiny.build(plan, backend="pallas_interpret")
+    model = tiny.build(plan, backend=backend)
     np.testing.assert_allclose(_eps(model, tiny, np.int32(30)), ours, rtol=1e-4, atol=1e-4)
     assert model.bytes == tiny.build(plan).bytes
 
 
-def test_a_back_end_that_cannot_run_here_says_so_before_any_work(tiny):
-    with pytest.raises(InputError, match="quantize.backend: .*needs a TPU"):
-        tiny.build(tiny.plan(), backend="pallas_tpu")
+@pytest.mark.parametrize(("backend", "needed"), [("pallas_tpu", "TPU"), ("pallas_gpu", "GPU")])
+def test_a_back_end_that_cannot_run_here_says_so_before_any_work(tiny, backend, needed):
+    with pytest.raises(InputError, match=rf"quantize.backend: .*needs an? .*{needed}"):
+        tiny.build(tiny.plan(), backend=backend)
 
 
 def test_bytes_are_what_the_planner_counts(tiny):
@@ -137,7 +141,10 @@ class _Convolution(nn.Module):
 def _patch_product(module, x):
     """x through the convolution's patches and its flattened kernel."""
     kernel = module.variables["params"]["kernel"]
-    return apply._patches(module, x) @ kernel.reshape(-1, kernel.shape[-1])
+    geometry = apply.geometry(module)
+    padded = surround(x, pads(x.shape[1:3], **geometry))
+    rows = patches(padded, geometry["kernel_size"], geometry["strides"])
+    return rows @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _through(arguments, x, operation):

@@ -322,5 +322,5 @@ def test_random_differs_by_site_and_key_but_not_by_timestep():
 
 
 def test_registry_names_its_scores():
-    assert set(SCORES) == {"orthogonality", "random", *DAMAGES}
+    assert set(SCORES) == {"orthogonality", "manifold", "random", *DAMAGES}
     assert SCORES["random"](jax.random.key(0), 2, 3).name == "random"

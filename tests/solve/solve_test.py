@@ -25,7 +25,7 @@ def test_fixed_cost_counts_against_the_budget(run, linear_problem, name):
 
 
 def test_unknown_solver_lists_the_known_ones(linear_problem):
-    with pytest.raises(InputError, match="known: evolution, greedy, lp, random, size_only"):
+    with pytest.raises(InputError, match="known: evolution, greedy, lp, random, repair, size_only"):
         solve(linear_problem([1.0], [1], 8), "simplex")
 
 

@@ -212,6 +212,7 @@ ARM_KEYS = {
     "seed": "seed",
     "num_steps": "diffusion.num_steps",
     "timesteps": "timesteps.name",
+    "tail": "timesteps.tail",
     "float": "no plan: the float32 model (with num_steps)",
 }
 

@@ -48,8 +48,14 @@ def markdown(results: dict) -> str:
     """One table."""
     arms = results["arms"]
     plan = next(arm for arm in arms if arm["arm"] == "plan")
-    head = [name for name, _ in COLUMNS]
-    rows = [[show(arm, plan) for _, show in COLUMNS] for arm in arms]
+    return piped(
+        [name for name, _ in COLUMNS],
+        [[show(arm, plan) for _, show in COLUMNS] for arm in arms],
+    )
+
+
+def piped(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

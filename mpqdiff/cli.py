@@ -294,6 +294,7 @@ def bench(arguments: list[str]) -> None:
         got = arguments[0] if arguments else "nothing"
         raise InputError(f"bench got {got!r}, expected a name: {', '.join(known)}")
     sys.argv = [str(folder / f"{arguments[0]}.py"), *arguments[1:]]
+    sys.path.insert(0, str(folder))  # as `python benchmarks/NAME.py` has it
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mpqdiff import joint
+from mpqdiff import joint, seconds
 from mpqdiff.artifacts import chunked, load_arrays, save_arrays
 from mpqdiff.config import for_arm
 from mpqdiff.diffusion.samplers import check_timesteps
@@ -102,7 +102,7 @@ class Arm:
             self.plan,
             tensors,
             steps,
-            backend=self.backend,
+            backend=seconds.backends(self.experiment, self.config, self.plan),
         )
         return built.params, built.denoise
 

@@ -132,7 +132,7 @@ def base() -> Config:
     )
     config.quantize = ConfigDict(
         dict(
-            backend="kernels",  # kernels (XLA's product), pallas_tpu, pallas_gpu, aqt
+            backend="kernels",  # kernels (XLA's), pallas_tpu, pallas_gpu, measured, aqt
             mode="step_table",  # static, step_table, online, ema
             groups=0,  # rows of the table at most; 0: one for each recorded timestep
             beta=0.9,  # ema: the share of the range that is kept from one row to the next

@@ -20,7 +20,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from mpqdiff import planning, timesteps
+from mpqdiff import planning, seconds, timesteps
 from mpqdiff.artifacts import load_arrays, read_json, save_arrays, write_json
 from mpqdiff.config import Config
 from mpqdiff.errors import InfeasibleError, InputError
@@ -74,7 +74,7 @@ def student(experiment: Experiment, config: Config, plan: Plan) -> QuantizedMode
         plan,
         tensors,
         table,
-        backend=config.quantize.backend,
+        backend=seconds.backends(experiment, config, plan),
     )
 
 

@@ -16,7 +16,7 @@ from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.evaluate import features, statistics
 from mpqdiff.quantize import activations
-from mpqdiff.quantize.apply import check_backend
+from mpqdiff.quantize.apply import MEASURED, check_backend
 from mpqdiff.quantize.numerics import CLIPS, check_bits
 from mpqdiff.sensitivity import manifold_score, orthogonality, ranking
 from mpqdiff.timesteps import candidates, drift, edges
@@ -70,7 +70,8 @@ def check_names(config: Config) -> None:
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
-    check_backend(config.quantize.backend)
+    if config.quantize.backend != MEASURED:
+        check_backend(config.quantize.backend)
     activations.check_readings(config.quantize.groups, config.quantize.beta)
     list_choices(config.plan.w_bits, config.plan.a_bits)
     if config.plan.resource == "seconds" and not any(config.plan.budget.values()):

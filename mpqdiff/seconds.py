@@ -16,8 +16,9 @@ from mpqdiff.config import Config
 from mpqdiff.costs import calibration, latency, legality
 from mpqdiff.diffusion.steps import uniform_timesteps
 from mpqdiff.pipeline import VERSIONS, Experiment
-from mpqdiff.plan import with_choices
-from mpqdiff.quantize.apply import build, quantize
+from mpqdiff.plan import Plan, with_choices
+from mpqdiff.quantize.apply import MEASURED, build, quantize
+from mpqdiff.sites import module_path
 
 # Plans to fit on and to hold out, and the sampler's steps in each: enough that a call dominates.
 FITTED, HELD_OUT, STEPS = 20, 10, 4
@@ -104,12 +105,39 @@ def _runner(experiment: Experiment, config: Config, pairs):
     steps, flags = experiment.table(config, plan.a_bits), experiment.asymmetric(config)
     # The values of the weights do not matter here, so the cheaper scale search does.
     tensors = quantize(experiment.params, experiment.sites, plan, steps, flags, clip="absmax")
-    built = build(experiment.denoise, experiment.params, experiment.sites, plan, tensors, steps)
+    built = build(
+        experiment.denoise,
+        experiment.params,
+        experiment.sites,
+        plan,
+        tensors,
+        steps,
+        backend=backends(experiment, config, plan),
+    )
     inputs = experiment.inputs(config.sample.seed, 0, batch(config))
     steps = uniform_timesteps(config.diffusion.num_timesteps, STEPS)
     run = jax.jit(experiment.sampler(built.denoise, steps))
     compiled = run.lower(built.params, *inputs).compile()
     return lambda: compiled(built.params, *inputs).block_until_ready()
+
+
+def backends(experiment: Experiment, config: Config, plan: Plan) -> str | dict[str, str]:
+    """The back end of the recipe; under "measured" that of each integer module of `plan`, the
+    quickest at its shape and width. XLA's own where this device has no other: nothing is timed."""
+    if config.quantize.backend != MEASURED:
+        return config.quantize.backend
+    if not latency.alternatives():
+        return "kernels"
+    found = operations(experiment, config)
+    latencies = latency.measure(found.values())
+    chosen: dict[str, str] = {}
+    for site in plan.integer(experiment.sites):
+        if site.parameters:
+            operation = found[site.path]
+            name = legality.execution(operation, plan.width(site.path), 8)
+            quickest = latency.fastest(latencies.seconds[operation], name)[0]
+            chosen.setdefault(module_path(site.path), quickest)
+    return chosen
 
 
 def per_image(experiment: Experiment, config: Config, choices) -> tuple[np.ndarray, float]:

@@ -236,3 +236,29 @@ def test_a_quantised_arm_says_what_its_scales_cut_off(config, tmp_path):
     assert 0 <= rows[1]["health"]["clip_rate"]["mean"] <= rows[1]["health"]["clip_rate"]["max"] < 1
     assert rows[1]["health"]["images"] == 2
     assert len(found[1].model[0]["steps"].timesteps) == 2
+
+
+def test_a_measured_back_end_is_the_quickest_of_each_site(experiment, config, monkeypatch):
+    from mpqdiff import seconds
+    from mpqdiff.costs import latency, legality
+
+    recipe = _recipe(config, quantize__backend="measured", plan__w_bits=(4, 8))
+    plan = joint.plan(experiment, recipe, "test")
+    assert seconds.backends(experiment, recipe, plan) == "kernels"  # a CPU has no other
+    monkeypatch.setattr(latency, "ALTERNATIVES", {"cpu": ("pallas_interpret",)})
+
+    def measure(operations):
+        def entry(operation):
+            quick = {"int4@pallas_interpret": 1.0, "int8@pallas_interpret": 9.0}
+            named = dict.fromkeys(legality.executions(operation), 5.0) | quick
+            return {name: latency.Timing(each, each, each) for name, each in named.items()}
+
+        return latency.Latencies({}, {operation: entry(operation) for operation in operations})
+
+    monkeypatch.setattr(latency, "measure", measure)
+    found = seconds.backends(experiment, recipe, plan)
+    expected = {4: "pallas_interpret", 8: "kernels"}
+    assert found == {path: expected[bits] for path, bits in plan.w_bits.items() if bits}
+    assert set(found.values()) == set(expected.values())
+    model = joint.student(experiment, recipe, plan)
+    assert model.bytes == plan.predicted["bytes"]

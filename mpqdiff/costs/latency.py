@@ -43,9 +43,11 @@ from mpqdiff.costs.legality import (
 from mpqdiff.errors import InputError
 from mpqdiff.models.product import Product
 from mpqdiff.quantize.numerics import qmax
-from mpqdiff.quantize.pack import pack, unpack
 from mpqdiff.sites import Site
 
+# What multiplies packed weights beside XLA, by platform: names of `quantize.apply.BACKENDS`. An
+# execution by one of them is named "int4@pallas_tpu".
+ALTERNATIVES: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
 DTYPES = {"float32": jnp.float32, "bf16": jnp.bfloat16}
 VERSION = 2  # of the way of measuring: other versions' entries are not read
 ROUNDS = 40
@@ -86,14 +88,42 @@ def table(
     return np.array(
         [
             [
-                entry[name].median if name in entry else np.inf
-                for name in (execution(operation, *choice) for choice in choices)
+                fastest(latencies.seconds[operation], execution(operation, *choice))[1]
+                for choice in choices
             ]
             for operation in operations.values()
-            for entry in [latencies.seconds[operation]]
         ],
         np.float64,
     ).reshape(len(operations), len(choices))
+
+
+def alternatives() -> tuple[str, ...]:
+    """The back ends beside XLA that this device has."""
+    return ALTERNATIVES.get(jax.default_backend(), ())
+
+
+def fastest(entry: Mapping[str, Timing], name: str) -> tuple[str, float]:
+    """(back end, seconds) of execution `name` where it is quickest: "kernels" is XLA's own.
+
+    ("kernels", infinity) where it was not measured.
+    """
+    found = {
+        key.partition("@")[2] or "kernels": timing.median
+        for key, timing in entry.items()
+        if key.partition("@")[0] == name
+    }
+    best = min(found, key=lambda key: found[key], default="kernels")
+    return best, found.get(best, np.inf)
+
+
+def ways(operation: Operation) -> tuple[str, ...]:
+    """The executions of `operation` to time: its own, and those of packed weights by every
+    alternative."""
+    names = executions(operation)
+    if operation.kind == "product":
+        return names
+    packed = [name for name in names if name in INTEGERS]
+    return (*names, *(f"{name}@{other}" for other in alternatives() for name in packed))
 
 
 def device() -> dict[str, Any]:
@@ -176,7 +206,7 @@ def time_all(operations: Sequence[Operation], rounds: int) -> dict[Operation, di
     runners, repeats = {}, {}
     for operation in tqdm(operations, desc="compile latencies", disable=len(operations) < 2):
         inputs = example_inputs(operation)
-        for name in executions(operation):
+        for name in ways(operation):
             pair = operation, name
             runners[pair], repeats[pair] = _runner(*program(operation, name), inputs)
     seconds = steady(time_plans(list(runners.values()), rounds))
@@ -213,15 +243,19 @@ def program(operation: Operation, name: str):
             held["kernel"] = jnp.asarray(kernel.reshape(_kernel_shape(operation)), DTYPES[name])
         step = partial(_float_step, module, DTYPES[name])
     else:
-        bits = INTEGERS[name]
+        from mpqdiff.quantize.apply import BACKENDS  # of a higher layer: only here, when timed
+
+        execution_name, _, other = name.partition("@")
+        bits = INTEGERS[execution_name]
+        hold, open_, matmul = BACKENDS[other or "kernels"]()
         if operation.kind != "product":
             qvalue = rng.integers(-qmax(bits), qmax(bits) + 1, shape, np.int8)
-            held |= {"qvalue": pack(qvalue, bits), "scale": np.full(shape[1], 0.01, np.float32)}
+            held |= {"qvalue": hold(qvalue, bits), "scale": np.full(shape[1], 0.01, np.float32)}
             if operation.asymmetric:
                 held["colsum"] = qvalue.sum(axis=0, dtype=np.int32)
         site = Site("timed", operation.kind, shape, prod(shape), 0, 0, "timed")
-        open_ = partial(unpack, bits=bits, shape=shape)
-        step = partial(_integer_step, site, module, operation.online, open_)
+        open_ = partial(open_, bits=bits, shape=shape)
+        step = partial(_integer_step, site, module, operation.online, open_, matmul)
     return step, jax.tree.map(jnp.asarray, held)
 
 
@@ -261,8 +295,8 @@ def _float_step(module, dtype, at, held):
     return jnp.asarray(y, jnp.float32)
 
 
-def _integer_step(site: Site, module, online: bool, open_, at, held):
-    from mpqdiff.quantize.apply import integer_site  # of a higher layer: only here, when timed
+def _integer_step(site: Site, module, online: bool, open_, matmul, at, held):
+    from mpqdiff.quantize.apply import integer_site
 
     product = site.kind == "product"
     return integer_site(
@@ -274,6 +308,7 @@ def _integer_step(site: Site, module, online: bool, open_, at, held):
         (0, 1) if product else (0,),
         {"lhs": 8, "rhs": 8} if product else 8,
         open_=open_,
+        matmul=matmul,
     )
 
 

@@ -170,41 +170,46 @@ def build(
     tensors: Mapping[str, dict],
     steps: Table,
     *,
-    backend: str = "kernels",
+    backend: str | Mapping[str, str] = "kernels",
 ) -> QuantizedModel:
     """The runnable model of `tensors` (from `quantize`, or loaded): packed for the device.
 
-    Raises InputError as `check_backend` does, and on a site kind that has no integer form.
+    `backend`: a name in BACKENDS, or one for each module of `tensors`, by path. Raises InputError
+    as `check_backend` does, and on a site kind that has no integer form.
     """
-    check_backend(backend)
-    hold, open_, matmul = BACKENDS[backend]()
+    named = dict.fromkeys(tensors, backend) if isinstance(backend, str) else backend
+    for name in {backend} if isinstance(backend, str) else {*named.values()}:
+        check_backend(name)
+    ways = {name: BACKENDS[name]() for name in {*named.values()}}
     widths = {path: plan.width(path) for path in tensors}
     packed = {
-        path: {**entry, "qvalue": hold(entry["qvalue"], widths[path])}
+        path: {**entry, "qvalue": ways[named[path]][0](entry["qvalue"], widths[path])}
         for path, entry in tensors.items()
     }
     left = float_leaves(params, plan.integer(sites))
     params = {"float": left, "sites": packed, "steps": steps}
     shapes = {path: entry["qvalue"].shape for path, entry in tensors.items()}
-    unpackers = {path: partial(open_, bits=widths[path], shape=shapes[path]) for path in tensors}
-    attention = backend if backend in attention_products.IMPLEMENTATIONS else None
-    integer = integer_denoise(
-        denoise, sites, unpackers, matmul, a_bits=plan.a_bits, attention=attention
-    )
+    multiply = {
+        path: (partial(ways[name][1], bits=widths[path], shape=shapes[path]), ways[name][2])
+        for path, name in named.items()
+    }
+    whole = backend if isinstance(backend, str) else None
+    attention = whole if whole in attention_products.IMPLEMENTATIONS else None
+    integer = integer_denoise(denoise, sites, multiply, a_bits=plan.a_bits, attention=attention)
     return QuantizedModel(jax.tree.map(jnp.asarray, params), integer, widths)
 
 
 def integer_denoise(
     denoise: Denoise,
     sites: Sequence[Site],
-    unpackers: dict[str, Callable],
-    matmul: Callable,
+    multiply: Mapping[str, tuple[Callable, Callable]],
     *,
     a_bits: dict[str, Any],
     attention: str | None = None,
 ) -> Denoise:
     """`denoise` over params = {"float", "sites", "steps"}, in integers where `a_bits` has widths.
-    `unpackers` are by module, as params["sites"] are.
+    `multiply` has (what opens its weights, what multiplies by them) of each module of
+    params["sites"].
 
     The row of the activation table is looked up once per call, by t, and bound to the sites: the
     interceptor itself does not see the step.
@@ -217,15 +222,17 @@ def integer_denoise(
         row = None if online else lax.optimization_barrier(activations.row(params["steps"], t))
 
         def operate(site, module, *args):
+            path = module_path(site.path)
+            open_, matmul = multiply.get(path, (None, quantized_matmul))
             return integer_site(
                 site,
                 module,
                 args,
-                params["sites"].get(module_path(site.path)),
+                params["sites"].get(path),
                 row,
                 columns[site.path],
                 a_bits[site.path],
-                open_=unpackers.get(module_path(site.path)),
+                open_=open_,
                 matmul=matmul,
                 attention=attention,
             )
@@ -420,6 +427,8 @@ def _transposed_backend(implementation: str):
 
     return hold, lambda held, *, bits, shape: open_(held.T, bits=bits, shape=shape), matmul
 
+
+MEASURED = "measured"  # of a recipe: each site's own, the quickest (`seconds.backends`)
 
 # How a back end holds integer weights, opens them inside the program, and multiplies. "kernels" is
 # XLA's integer product, which runs everywhere; the others are named by their implementation.

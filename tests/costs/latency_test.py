@@ -291,3 +291,30 @@ def test_calibration_fits_some_plans_and_is_judged_on_others(clock):
     assert found.fit.r2 > 0.99
     assert found.errors.shape == (12,) and found.errors.max() < 0.02
     np.testing.assert_allclose(found.held_sums, seconds[np.arange(8), held_out].sum(axis=1))
+
+
+def test_a_width_takes_the_quickest_of_what_multiplies_it():
+    entry = {
+        name: latency.Timing(seconds, seconds, seconds)
+        for name, seconds in {"float32": 5.0, "bf16": 4.0, "int8": 2.0, "int8@pallas_tpu": 3.0,
+                              "int4": 2.0, "int4@pallas_tpu": 1.0, "int2": 9.0}.items()
+    }  # fmt: skip
+    assert latency.fastest(entry, "int8") == ("kernels", 2.0)
+    assert latency.fastest(entry, "int4") == ("pallas_tpu", 1.0)
+    assert latency.fastest(entry, "int3") == ("kernels", np.inf)
+    found = latency.table(latency.Latencies({}, {DENSE: entry}), {"a": DENSE}, CHOICES)
+    np.testing.assert_array_equal(found, [[9.0, 1.0, 1.0, 2.0, 5.0]])
+
+
+def test_what_a_device_has_beside_xla_is_timed_with_packed_weights(monkeypatch):
+    assert latency.ways(DENSE) == executions(DENSE)  # a CPU has nothing beside it
+    monkeypatch.setattr(latency, "ALTERNATIVES", {"cpu": ("pallas_interpret",)})
+    added = tuple(f"int{bits}@pallas_interpret" for bits in (8, 4, 2))
+    assert latency.ways(DENSE) == (*executions(DENSE), *added)
+    assert latency.ways(PRODUCT) == executions(PRODUCT)
+    at = jax.tree.map(lambda a: a[0], latency.example_inputs(DENSE))
+    for name in added:
+        step, held = latency.program(DENSE, name)
+        assert "pallas_call" in str(jax.make_jaxpr(step)(at, held))
+        plain, same = latency.program(DENSE, name.partition("@")[0])
+        np.testing.assert_allclose(step(at, held), plain(at, same), rtol=1e-5, atol=1e-5)

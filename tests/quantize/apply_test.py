@@ -77,6 +77,22 @@ def test_a_kernel_of_packed_weights_agrees_on_the_whole_denoiser(tiny, mode, bac
     assert model.bytes == tiny.build(plan).bytes
 
 
+def test_each_module_may_have_a_back_end_of_its_own(tiny):
+    plan = tiny.plan((2, 4, 8))
+    ours = tiny.build(plan)
+    names = ("kernels", "pallas_interpret", "pallas_gpu_interpret")
+    named = {path: names[i % 3] for i, path in enumerate(ours.params["sites"])}
+    mixed = tiny.build(plan, backend=named)
+    np.testing.assert_allclose(
+        _eps(mixed, tiny, np.int32(30)), _eps(ours, tiny, np.int32(30)), rtol=1e-4, atol=1e-4
+    )
+    x_t, labels = tiny.inputs
+    program = str(jax.make_jaxpr(mixed.denoise)(mixed.params, x_t, np.int32(30), labels))
+    assert program.count("pallas_call") > 1
+    with pytest.raises(InputError, match="unknown back end 'tpu'"):
+        tiny.build(plan, backend=dict.fromkeys(named, "tpu"))
+
+
 @pytest.mark.parametrize(("backend", "needed"), [("pallas_tpu", "TPU"), ("pallas_gpu", "GPU")])
 def test_a_back_end_that_cannot_run_here_says_so_before_any_work(tiny, backend, needed):
     with pytest.raises(InputError, match=rf"quantize.backend: .*needs an? .*{needed}"):
@@ -200,8 +216,7 @@ def test_an_asymmetric_convolution_pads_with_real_zero(padding):
     integer = apply.integer_denoise(
         denoise,
         [site],
-        {"conv": lambda qvalue: qvalue},
-        apply.quantized_matmul,
+        {"conv": (lambda qvalue: qvalue, apply.quantized_matmul)},
         a_bits={"conv": 8},
     )
     given = {"float": {}, "sites": {"conv": tensors}, "steps": steps}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mpqdiff import fidelity, report, results, scoring
+from mpqdiff import fidelity, joint, report, results, scoring
 from mpqdiff import images as pictures
 from mpqdiff import plan as plans
 from mpqdiff.arms import Arm, list_arms
@@ -14,6 +14,7 @@ from mpqdiff.artifacts import digest, read_json, write_json
 from mpqdiff.decisions import explained
 from mpqdiff.pipeline import Experiment
 from mpqdiff.plan import Plan
+from mpqdiff.report import steps
 
 
 class Clock:
@@ -123,8 +124,47 @@ def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
         plans={arm.name: plans.to_json(arm.plan) for arm in arms if arm.plan},
         explain=None if config.plan.bits else explained(experiment),
         pareto=read_json(front) if front.exists() else None,
+        signals=signals(experiment),
+        ranges=ranges(experiment, planned(arms[1])),
+        joint=joint_points(experiment),
     )
     report.write(experiment.store.workdir / "report.html", data)
+
+
+def signals(experiment: Experiment) -> dict | None:
+    """The signals of a manifold score; None for other scores, and where nothing is decided."""
+    config = experiment.config
+    if config.score.name != "manifold":
+        return None
+    _, legal = scoring.every_choice(experiment, config)
+    if not (legal.sum(axis=1) > 1).any():
+        return None
+    return scoring.manifold_signals(experiment, config)
+
+
+def ranges(experiment: Experiment, plan: Plan) -> dict | None:
+    """`steps.varying` of the config's plan, under its mode and under one scale for all steps."""
+    config = experiment.config
+    fixed = config.copy_and_resolve_references()
+    fixed.quantize.mode = "static"
+    return steps.varying(
+        experiment.statistics[1],
+        experiment.sites,
+        plan.a_bits,
+        mode=plan.mode,
+        static=experiment.table(fixed, plan.a_bits),
+        own=experiment.table(config, plan.a_bits),
+    )
+
+
+def joint_points(experiment: Experiment) -> dict | None:
+    """`joint.json`, written anew; None where the recipe has no steps to choose among."""
+    config, path = experiment.config, experiment.store.workdir / "joint.json"
+    if len(config.plan.steps) < 2:
+        return None
+    points = joint.search(experiment, config, config.system)  # cached: the plan is one of them
+    joint.write(points, joint.chosen(points, config.plan.tolerance), path)
+    return read_json(path)
 
 
 def _stored(site, planned: list[str], asymmetric: list[bool]) -> dict:

@@ -186,7 +186,7 @@ def allocate(experiment: Experiment, config: Config, problem: Problem) -> Alloca
     """The recipe's solver on its problem. InputError, with advice, when nothing fits."""
     p = config.plan
     offered = {"key": jax.random.key(config.seed), "exact": p.exact, "node_limit": p.node_limit}
-    if config.score.name == "manifold":  # what seeds a plan by rank
+    if config.score.name == "manifold" and "score" in solve.arguments(p.solver):
         offered["score"] = scoring.importance(experiment, config)
     taken = {name: offered[name] for name in solve.arguments(p.solver) if name in offered}
     answer = solve.solve(problem, p.solver, **taken)

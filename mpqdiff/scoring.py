@@ -188,6 +188,7 @@ def _manifold(experiment: Experiment, config: Config, folder: Path) -> Scores:
         signals = manifold_score.signals(recorded, **readings)
         signals["distribution"] = quantile.distribution(signals["combined"])
         signals["paths"] = np.array([paths[site] for site in recorded["site"]])
+        signals["spectrum"] = manifold_record.spectra(recorded["spectrum"], recorded["features"])
         save_arrays(folder / "signals.npz", signals)
     return manifold_score.score(recorded, experiment.sites, choices, legal, **readings)
 
@@ -196,14 +197,17 @@ def manifold_signals(experiment: Experiment, config: Config) -> dict[str, np.nda
     """Signals of the recipe's manifold score, [M] each, of the sites at which anything is decided.
 
     {paths, energy, pca, dimension, k, features, growth, combined, distribution}: see
-    `manifold_score.signals`; distribution is F(combined). Raises InputError for a recipe with
-    another score, and where every site is pinned.
+    `manifold_score.signals`; distribution is F(combined). And spectrum [M,D], the variances along
+    the principal directions of the inputs (`manifold_record.spectra`). Raises InputError for a
+    recipe with another score, and where every site is pinned.
     """
     if config.score.name != "manifold":
         raise InputError(
             f"score {config.score.name!r} has no manifold signals: expected 'manifold'"
         )
     path = experiment.store.workdir / "artifacts" / "score" / scores(experiment, config)[0]
+    if not (path / "signals.npz").exists():
+        raise InputError("every site is pinned or has one choice: no manifold signal was recorded")
     return load_arrays(path / "signals.npz")
 
 

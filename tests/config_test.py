@@ -46,7 +46,10 @@ def test_a_config_that_went_through_json_is_valid_and_equal():
     [
         ("sed", r"unknown key config\.sed; did you mean 'seed'\? \(known: .*arms.*weights\)"),
         ("plan.ration", r"unknown key config\.plan\.ration; did you mean 'ratio'\? \(known: a_"),
-        ("quantize.xyz", r"unknown key config\.quantize\.xyz \(known: backend, clip, mode, prod"),
+        (
+            "quantize.xyz",
+            r"unknown key config\.quantize\.xyz \(known: backend, beta, clip, groups, mode, prod",
+        ),
         ("diffusion.steps", r"unknown key config\.diffusion\.steps"),
         ("train.lr", r"unknown key config\.train\.lr "),
         ("model.kwarg", r"unknown key config\.model\.kwarg; did you mean 'kwargs'"),

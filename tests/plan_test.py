@@ -122,7 +122,7 @@ def _damaged(path: str, value):
         ("sites/qk/a_bits", {"lhs": 8, "rhs": None}, "both operands in integers"),
         ("sites/qk/a_bits", {"left": 8}, "not lhs and rhs"),
         ("model", "abc", "model is 'abc'"),
-        ("activations/mode", "ema", "'ema'; known: static, step_table, online"),
+        ("activations/mode", "tdq", "'tdq'; known: static, step_table, online, ema"),
         ("activations/groups", [[1, 2, 3]], "missing or malformed"),
         ("activations/groups", 3, "missing or malformed"),
         ("timesteps", [], "strictly descending"),

@@ -16,7 +16,17 @@ from markupsafe import Markup
 
 from mpqdiff.errors import InputError
 from mpqdiff.evaluate.efficiency import bitops_text
-from mpqdiff.report import columns, drift, figures, front, numbers, tables, verdicts
+from mpqdiff.report import (
+    columns,
+    drift,
+    figures,
+    front,
+    manifold,
+    numbers,
+    steps,
+    tables,
+    verdicts,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,9 @@ class ReportData:
     explain: list[dict] | None = None  # of `mpqdiff.explain.explain`, for the plan
     arm: str | None = None  # the arm that runs `plan`; None: the first of the plan's system
     plans: dict[str, dict] = field(default_factory=dict)  # plan.json of other arms, by arm
+    signals: dict | None = None  # of `mpqdiff.scoring.manifold_signals`
+    ranges: dict | None = None  # of `mpqdiff.report.steps.varying`
+    joint: dict | None = None  # joint.json, of `mpqdiff.joint.write`
 
 
 def write(path, data: ReportData) -> None:
@@ -132,6 +145,7 @@ def render(data: ReportData) -> str:
     sites, remainder = numbers.finite(data.sites), numbers.finite(data.remainder)
     reasons = numbers.finite(data.explain or [])
     shown = {"quality": columns.quality(results), "speed": columns.SPEED,
+             "health": columns.present(columns.HEALTH, results),
              "further": columns.present(columns.FURTHER, results),
              "bitops": columns.present(columns.BITOPS, results)}  # fmt: skip
     arm_tables = {name: (found, tables.cells(arms, found)) for name, found in shown.items()}
@@ -176,6 +190,9 @@ def drawn(data: ReportData, results, chosen, plan, plans) -> list[figures.Figure
         figures.bits(data.sites, {chosen["arm"]: plan, **others}),
         figures.importance(np.asarray(data.importance, np.float64), data.timesteps,
                            data.site_paths, data.score_name),
+        *manifold.drawn(data.signals, plan),
+        steps.ranges(data.ranges),
+        steps.joint(numbers.finite(data.joint)),
     ]  # fmt: skip
     if data.matrix is not None:
         found.append(figures.orthogonality(np.asarray(data.matrix), data.site_paths))

@@ -90,6 +90,14 @@ BITOPS = (
     Column("bitops_terms.float", "Float", "products left in float", prefixed),
     Column("bitops_terms.executed", "Executed", "as the kernels multiply", prefixed),
 )
+HEALTH = (
+    Column("health.clip_rate.mean", "Clip rate", "share of values beyond their scale, mean over "
+           "sites", "{:.3%}".format, -1),
+    Column("health.clip_rate.max", "Largest", "of the sites' clip rates", "{:.3%}".format, -1),
+    Column("health.clip_rate.site", "Where", "the site of the largest clip rate", str),
+    Column("health.not_finite", "Not finite", "NaN and infinities among the values", whole),
+    Column("health.images", "Images", "that were looked at, over all their steps", whole),
+)  # fmt: skip
 
 
 def quality(results: dict) -> tuple[Column, ...]:

@@ -60,6 +60,8 @@ def cells(arms: list[dict], columns: Sequence[Column]) -> list[list[Cell]]:
             simulated = arm.get("execution") == "simulated"
             if value.text != DASH and column.key.startswith("speedup") and simulated:
                 labels = ("simulated: no claim",)
+            if column.key == "health.not_finite" and pick(arm, column.key):
+                labels = ("not finite",)
             row.append(Cell(value, interval, labels))
         rows.append(row)
     return rows

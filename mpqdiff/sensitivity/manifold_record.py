@@ -48,9 +48,10 @@ def record(
     """Signals of the M sites at which something is decided, and of the P pairs that are run.
 
     Of sites: site int32 [M]; of their inputs energy, k (directions with `share` of the variance)
-    and features [M]; of their outputs concentration [M], and with `rotate` that signal at the first
-    pair, [M]. Of pairs: pair int32 [P,2] (site, choice), by site, then choice; leak, growth and
-    error (`relative_error`) [P]. All in the notation of `manifold`.
+    and features [M], and the spectrum (`spectra` parts it by site); of their outputs concentration
+    [M], and with `rotate` that signal at the first pair, [M]. Of pairs: pair int32 [P,2] (site,
+    choice), by site, then choice; leak, growth and error (`relative_error`) [P]. All in the
+    notation of `manifold`.
 
     net: `simulate.supernet` of `choices`; x_ts [T,N,H,W,C] at `timesteps` [T], cond [N]. At most
     `rows` rows of a site and timestep are read, but one per image always; `memory_gb` bounds the
@@ -75,6 +76,18 @@ def record(
     found = {"site": np.array(list(taken), np.int32), "pair": np.reshape(pairs, (-1, 2))}
     for name in parts[0] if parts else ():
         found[name] = np.concatenate([part[name] for part in parts])
+    return found
+
+
+def spectra(spectrum, features) -> np.ndarray:
+    """Variances along the principal directions of each site's inputs, descending, float64 [M,D]
+    with D the most features of a site; 0 beyond a site's own.
+
+    spectrum float [sum of features] of all sites, one after the other; features [M].
+    """
+    counts = np.asarray(features, int)
+    found = np.zeros((len(counts), counts.max(initial=0)))
+    found[np.arange(found.shape[1]) < counts[:, None]] = spectrum
     return found
 
 
@@ -106,6 +119,7 @@ def _group(setting: Setting, taken: dict, share: float, rotate: bool, chunks: Ca
         name: np.array([own[f"{name}_{i}"] for i in taken])
         for name in ("energy", "k", "features", "concentration")
     }
+    out["spectrum"] = np.concatenate([own[f"spectrum_{i}"] for i in taken])
     if rotate:
         (part,) = chunks("rotate")(1, lambda _: {"rotate": _turned(setting, taken, given)})
         out |= part
@@ -200,6 +214,8 @@ def _described(setting: Setting, i: int, held: dict, share: float):
     yield f"energy_{i}", np.log10(manifold.power(inputs))
     yield f"k_{i}", intrinsic_dimension(inputs.values, share=share)
     yield f"features_{i}", inputs.mean.size
+    left = inputs.mean.size - inputs.values.size  # directions of no variance, where rows were few
+    yield f"spectrum_{i}", np.pad(inputs.values, (0, left)).astype(np.float32)
     yield f"concentration_{i}", manifold.pca_concentration(outputs)
     sums = inside.sum(), outside.sum(), manifold.power(outputs)
     yield f"power_{i}", streamed.count_of(held["outputs"]) * np.array(sums)

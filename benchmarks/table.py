@@ -22,6 +22,23 @@ COLUMNS = (
     ("speed-up", lambda a, plan: f"{a['speedup']:.2f}x"),
     ("against plan", lambda a, plan: against(a, plan)),
 )
+# Of arms that differ in their steps: what a step saved and a bit saved are worth together.
+STEPS = (
+    ("arm", lambda a, plan: a["arm"]),
+    ("mean bits", lambda a, plan: f"{a['avg_w_bits']:.2f}"),
+    ("file bytes", lambda a, plan: f"{a['file_bytes']:,}"),
+    ("smaller", lambda a, plan: f"{a['compression']:.2f}x"),
+    ("steps", lambda a, plan: str(a["steps"])),
+    ("images", lambda a, plan: str(a["n_images"])),
+    ("ms/image", lambda a, plan: f"{a['ms_per_image']['median']:.1f}"),
+    ("speed-up", lambda a, plan: f"{a['speedup']:.2f}x"),
+    ("at its steps", lambda a, plan: f"{a['speedup_same_steps']:.2f}x"),
+    ("x0 MSE (95 %)", lambda a, plan: interval(a, "x0_mse", ".2e")),
+    ("FID (95 %)", lambda a, plan: interval(a, "fid", ".2f")),
+    ("delta FID (95 %)", lambda a, plan: interval(a, "delta_fid", ".2f")),
+    ("damage", lambda a, plan: interval(a, "damage", ".3f")),
+    ("against plan", lambda a, plan: a.get("against_plan", {}).get("x0_mse", "")),
+)
 
 
 def number(value, form: str) -> str:
@@ -48,9 +65,10 @@ def markdown(results: dict) -> str:
     """One table."""
     arms = results["arms"]
     plan = next(arm for arm in arms if arm["arm"] == "plan")
+    columns = COLUMNS if len({arm["steps"] for arm in arms}) == 1 else STEPS
     return piped(
-        [name for name, _ in COLUMNS],
-        [[show(arm, plan) for _, show in COLUMNS] for arm in arms],
+        [name for name, _ in columns],
+        [[show(arm, plan) for _, show in columns] for arm in arms],
     )
 
 

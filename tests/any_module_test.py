@@ -492,6 +492,19 @@ def test_a_plan_of_mixed_widths_runs_in_integers_as_simulated(case):
     np.testing.assert_allclose(integer, found, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["scanned", "raw", "swin"])
+def test_a_softmax_is_the_left_operand_and_has_all_levels(name):
+    """However attention was written: flax and einsums of it put the values first."""
+    case = case_of(name)
+    chosen, table = planned(case)[1:3]
+    columns = activations.columns(chosen)
+    zeros = np.array([table.zero_point[:, columns[s.path]] for s in chosen if s.kind == "product"])
+    scores, mixed = zeros[::2], zeros[1::2]
+    assert len(scores) == len(mixed) > 0
+    np.testing.assert_array_equal(mixed, np.broadcast_to([-128, 0], mixed.shape))
+    np.testing.assert_array_equal(scores[..., 1], 0)
+
+
 def test_every_site_can_be_recorded_and_priced(case):
     chosen = sites.planned(case.sites, products=True)
     step = np.full(4, 20, np.int32)

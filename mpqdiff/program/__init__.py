@@ -200,9 +200,9 @@ def _counted(product: Callable) -> Callable:
     """`product(equation, operands, form or why not, place)` as `walk` calls it."""
     counts: dict[tuple, int] = {}
 
-    def visit(equation, operands, place):
+    def visit(equation, operands, place, nonnegative):
         spot = place.stack, place.layers
-        found = form(equation, operands, place, counts.get(spot, 0))
+        found = form(equation, operands, place, counts.get(spot, 0), nonnegative)
         if isinstance(found, Form) and found.weight is None:
             counts[spot] = counts.get(spot, 0) + 1
         return product(equation, operands, found, place)

@@ -41,10 +41,13 @@ class Form:
     leave: Callable[[Any, int | None], Any]
 
 
-def form(equation, operands: Sequence, place: Place, count: int) -> Form | str:
+def form(
+    equation, operands: Sequence, place: Place, count: int, nonnegative: Sequence[bool]
+) -> Form | str:
     """The Form of a product equation, or why it has none, a key of `intercept.LEFT`.
 
-    `count` tells apart the products of two activations that `place` has.
+    `count` tells apart the products of two activations that `place` has. `nonnegative`: which of
+    the operands are known not to be negative.
     """
     if any(not jnp.issubdtype(atom.aval.dtype, jnp.floating) for atom in equation.invars):
         return "type"
@@ -52,7 +55,8 @@ def form(equation, operands: Sequence, place: Place, count: int) -> Form | str:
         return _convolution(equation, operands)
     weights = [side for side in (0, 1) if isinstance(operands[side], Expression)]
     if not weights:
-        return _product(equation, operands, place, count)
+        turned = list(nonnegative) == [False, True]
+        return _product(equation, operands, place, count, turned)
     return _dense(equation, operands, weights[0])
 
 
@@ -102,37 +106,44 @@ def _dense(equation, operands, side: int) -> Form | str:
     return Form("dense", key, kernel, tuple(x_shape), build, enter, leave)
 
 
-def _product(equation, operands, place: Place, count: int) -> Form:
-    """An einsum of two activations."""
-    (l_inner, r_inner), (l_batch, r_batch) = equation.params["dimension_numbers"]
-    shapes = [operand.shape for operand in operands]
+def _product(equation, operands, place: Place, count: int, turned: bool) -> Form:
+    """An einsum of two activations, the second one first if `turned`: a softmax then is the one
+    that can have a zero point (`activations.lopsided_left`)."""
+    contracted, batched = equation.params["dimension_numbers"]
+    shapes = [tuple(operand.shape) for operand in operands]
     letters = iter(string.ascii_letters)
-    left = [next(letters) for _ in shapes[0]]
-    right = [next(letters) for _ in shapes[1]]
-    for own, other in zip((*l_inner, *l_batch), (*r_inner, *r_batch), strict=True):
-        right[other] = left[own]
-    out = [left[axis] for axis in l_batch]
-    out += [left[axis] for axis in range(len(left)) if axis not in (*l_inner, *l_batch)]
-    out += [right[axis] for axis in range(len(right)) if axis not in (*r_inner, *r_batch)]
+    spelled = [[next(letters) for _ in shape] for shape in shapes]
+    summed = [spelled[0][axis] for axis in contracted[0]]
+    shared = [spelled[0][axis] for axis in batched[0]]
+    for axes, names in ((contracted[1], summed), (batched[1], shared)):
+        for axis, letter in zip(axes, names, strict=True):
+            spelled[1][axis] = letter
+    free = [[one for one in own if one not in (*summed, *shared)] for own in spelled]
+    first, second = (1, 0) if turned else (0, 1)
     precision = _precision(equation)
 
     def ordered(batch):
-        return _first(None if batch is None else left[batch], out)
+        chosen = None if batch is None else spelled[first][batch]
+        if not turned:
+            return _first(chosen, shared + free[0] + free[1])
+        # As attention is usually spelled: images, rows, heads, features.
+        return _first(chosen, shared[:1] + free[1] + shared[1:] + free[0])
 
     def enter(operands, batch):
         del batch
-        return tuple(operands)
+        return operands[first], operands[second]
 
     def leave(y, batch):
         order = ordered(batch)
-        return _typed(y.transpose([order.index(letter) for letter in out]), equation)
+        traced = shared + free[0] + free[1]
+        return _typed(y.transpose([order.index(letter) for letter in traced]), equation)
 
     def build(name, batch):
-        spelled = f"{''.join(left)},{''.join(right)}->{''.join(ordered(batch))}"
-        return PreciseProduct(spelled, precision, name=name)
+        sides = ",".join("".join(spelled[side]) for side in (first, second))
+        return PreciseProduct(f"{sides}->{''.join(ordered(batch))}", precision, name=name)
 
     key = f"product {place.stack} {place.layers} {count}"
-    return Form("product", key, None, tuple(shapes[0]), build, enter, leave)
+    return Form("product", key, None, shapes[first], build, enter, leave)
 
 
 def _convolution(equation, operands) -> Form | str:

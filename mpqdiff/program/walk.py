@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.extend import core
 
 from mpqdiff import intercept
-from mpqdiff.program import expression
+from mpqdiff.program import expression, signs
 from mpqdiff.program.expression import Expression
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -48,11 +48,12 @@ ROOT = Place()
 
 class Context(NamedTuple):
     """What a run needs: `read(leaf name)`, what was computed, and what to do with a product,
-    `product(equation, operands, place) -> array`; None where only values are asked for."""
+    `product(equation, operands, place, nonnegative) -> array`; None where only values are asked
+    for. `nonnegative`: which of the operands are known not to be negative (`signs`)."""
 
     read: Callable[[str], Any]
     memo: dict
-    product: Callable[[Any, list, Place], Any] | None = None
+    product: Callable[[Any, list, Place, list[bool]], Any] | None = None
 
     def value(self, operand):
         """The array of an operand."""
@@ -61,9 +62,17 @@ class Context(NamedTuple):
         return operand
 
 
-def run(closed, operands: Sequence, context: Context, place: Place = ROOT) -> list:
-    """The outputs of a closed jaxpr on `operands`, arrays or expressions as they come."""
+def run(
+    closed,
+    operands: Sequence,
+    context: Context,
+    place: Place = ROOT,
+    nonnegative: Sequence[bool] = (),
+) -> list:
+    """The outputs of a closed jaxpr on `operands`, arrays or expressions as they come, some of them
+    known not to be negative."""
     jaxpr = closed.jaxpr
+    is_known = signs.nonnegative(jaxpr, nonnegative)
     env = dict(zip(jaxpr.constvars, map(_lifted, closed.consts), strict=True))
     env |= dict(zip(jaxpr.invars, operands, strict=True))
 
@@ -73,7 +82,8 @@ def run(closed, operands: Sequence, context: Context, place: Place = ROOT) -> li
     for equation in jaxpr.eqns:
         values = [look(atom) for atom in equation.invars]
         here = place._replace(own=str(equation.source_info.name_stack))
-        outs = _step(equation, values, context, here)
+        flags = [is_known(atom) for atom in equation.invars]
+        outs = _step(equation, values, context, here, flags)
         env.update(zip(equation.outvars, outs, strict=True))
     return [look(atom) for atom in jaxpr.outvars]
 
@@ -82,16 +92,16 @@ def _lifted(value):
     return value if isinstance(value, Tracer) else expression.constant(value)
 
 
-def _step(equation, values: list, context: Context, place: Place) -> list:
+def _step(equation, values: list, context: Context, place: Place, nonnegative: list[bool]) -> list:
     if all(isinstance(value, Expression) for value in values) and not equation.effects:
         why = intercept.left_scope("parameters") if has_products(equation) else None
         return expression.of_equation(equation, tuple(values), why)
     name = equation.primitive.name
     if name in PRODUCTS and context.product:
-        return [context.product(equation, values, place)]
+        return [context.product(equation, values, place, nonnegative)]
     inner = callee(equation)
     if inner is not None:
-        return run(inner, values, context, place.inside)
+        return run(inner, values, context, place.inside, nonnegative)
     if name == "scan" and _over_layers(equation, values):
         return _unrolled(equation, values, context, place)
     if has_products(equation):

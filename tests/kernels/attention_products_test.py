@@ -17,7 +17,7 @@ from mpqdiff.errors import InputError
 from mpqdiff.evaluate import verify
 from mpqdiff.intercept import scope
 from mpqdiff.kernels import attention_products, tpu
-from mpqdiff.kernels.attention_products import pallas_tpu, pv, qk, reference, xla
+from mpqdiff.kernels.attention_products import pallas_gpu, pallas_tpu, pv, qk, reference, xla
 from mpqdiff.models.product import Product
 from mpqdiff.quantize.apply import integer_site
 from mpqdiff.sites import Site
@@ -26,6 +26,7 @@ ACCUMULATE = {
     "reference": reference.accumulate,
     "xla": xla.accumulate,
     "pallas_interpret": partial(pallas_tpu.accumulate, interpret=True),
+    "pallas_gpu_interpret": partial(pallas_gpu.accumulate, interpret=True),
 }
 SUMS = {name: jax.jit(run, static_argnames="transposed") for name, run in ACCUMULATE.items()}
 QK = jax.jit(qk, static_argnames=("bits", "implementation"))
@@ -55,6 +56,7 @@ FEW = settings(max_examples=8, deadline=None)
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas_tpu, "ROWS", (32,))
+        patch.setattr(pallas_gpu, "BLOCKS", ((32, 32),))
         yield
 
 
@@ -210,7 +212,7 @@ def test_a_site_with_a_left_zero_point_is_its_einsum(equation, left, right, by_i
     np.testing.assert_array_equal(y, np.einsum(equation, integers, others))
 
 
-@pytest.mark.parametrize("attention", [None, "pallas_interpret"])
+@pytest.mark.parametrize("attention", [None, "pallas_interpret", "pallas_gpu_interpret"])
 @pytest.mark.parametrize("equation", ["bphd,bqhd->bhpq", "bhpq,bqhd->bphd"])
 def test_a_site_is_proven_to_multiply_integers(attention, equation):
     shapes = {"p": 4, "q": 4, "h": 2, "d": 8, "b": 3}
@@ -266,7 +268,7 @@ def test_what_does_not_fit_is_refused():
         pv(jnp.ones((1, 1, 1, 65794)), jnp.ones((1, 65794, 1, 1)))
     with pytest.raises(InputError, match="width 9"):
         qk(q, k, bits=(8, 9))
-    with pytest.raises(InputError, match="known: pallas_interpret, pallas_tpu, reference, xla"):
+    with pytest.raises(InputError, match=r"known: pallas_gpu, .*, reference, xla"):
         qk(q, k, implementation="cuda")
     with pytest.raises(InputError, match=r"attention_products: .*needs a TPU"):
         pv(p, v, implementation="pallas_tpu")

@@ -19,9 +19,11 @@ from jaxlib.triton import dialect
 
 from mpqdiff.errors import InputError
 from mpqdiff.kernels import gpu
+from mpqdiff.kernels.attention_products import pv, qk
 from mpqdiff.kernels.gram import gram
 from mpqdiff.kernels.quantize_activations import quantize_activations
 from mpqdiff.kernels.quantized_matmul import pallas_gpu, quantized_matmul
+from mpqdiff.kernels.row_routing import gather_rows, scatter_rows
 from mpqdiff.kernels.weight_only_matmul import weight_only_matmul
 from mpqdiff.quantize.pack import packed_shape
 
@@ -55,6 +57,14 @@ def weight_only(rows, inputs, outputs, bits):
     return run, on((rows, inputs), jnp.bfloat16), packed, *[on((outputs,), jnp.float32)] * 2
 
 
+def attention(product, images, rows, others, heads, depth, *, zero=False):
+    """`qk`, or `pv` with a zero point, and its arguments; scales of the step."""
+    q, k = (on((images, count, heads, depth), jnp.float32) for count in (rows, others))
+    left = q if product is qk else on((images, heads, rows, others), jnp.float32)
+    scale, point = on((), jnp.float32), on((), jnp.int8) if zero else None
+    return product, left, k, scale, point, scale
+
+
 # By the tensor types of their products; the tiny and the odd ones fill no block.
 INTEGER, BFLOAT16 = ("i8", "i8", "i32"), ("bf16", "bf16", "f32")
 PRODUCTS = {
@@ -71,11 +81,33 @@ PRODUCTS = {
     "w8_only_odd": (BFLOAT16, weight_only(50, 1027, 133, 8)),
 }
 PROLOGUE = {"w8_prologue", "w4_prologue_tokens", "w4_tiny"}  # x is quantised in the loop
+# Those of DiT-XL/2 at two images, and odd ones: (its product, the integers it is given).
+HEADS = {
+    "qk": (attention(qk, 2, 256, 256, 16, 72), ["32x256x72"] * 2),
+    "pv": (attention(pv, 2, 256, 256, 16, 72, zero=True), ["32x256x256", "32x72x256"]),
+    "qk_odd": (attention(qk, 1, 77, 33, 3, 40, zero=True), ["3x77x40", "3x33x40"]),
+    "pv_odd": (attention(pv, 3, 5, 257, 1, 7), ["3x5x257", "3x7x257"]),
+}
+
+
+def routing(operation, places, taken, features, dtype, **options):
+    """`gather_rows` or `scatter_rows` of two images, and its arguments."""
+    rows = (on((2, taken, features), dtype),) if operation is scatter_rows else ()
+    x, index = on((2, places, features), dtype), on((2, taken), jnp.int32)
+    return partial(operation, **options), x, index, *rows
+
+
 OTHERS = {
     "quantize": (quantize_activations, on((1024, 384), jnp.float32)),
     "quantize_odd": (quantize_activations, on((3, 50, 1027), jnp.bfloat16)),
     "gram": (gram, on((64, 16, 384), jnp.float32)),
     "gram_odd": (gram, on((101, 33, 31), jnp.bfloat16)),
+    "gather": routing(gather_rows, 256, 128, 1152, jnp.float32),
+    "gather_odd": routing(gather_rows, 77, 31, 33, jnp.int8),
+    "scatter": routing(scatter_rows, 256, 128, 1152, jnp.bfloat16),
+    "scatter_odd": routing(scatter_rows, 77, 31, 33, jnp.int8),
+    "scatter_add": routing(scatter_rows, 256, 512, 1152, jnp.bfloat16, add=True),
+    "scatter_add_odd": routing(scatter_rows, 77, 301, 33, jnp.int8, add=True),
 }
 # The layers of DiT-XL/2 at 32 images of 256 tokens.
 LARGE = {
@@ -83,6 +115,8 @@ LARGE = {
     "fc1_w4_gelu": layer(8192, 1152, 4608, 4, activation="gelu"),
     "fc2_w4_zero": layer(8192, 4608, 1152, 4, zero=True, x_type=jnp.bfloat16),
     "adaln_w4": layer(32, 1152, 6912, 4),
+    "qk": attention(qk, 32, 256, 256, 16, 72),
+    "pv": attention(pv, 32, 256, 256, 16, 72, zero=True),
 }
 
 
@@ -133,6 +167,21 @@ def test_products_are_given_to_triton_in_integers(name):
     assert ("arith.mulf" in loop) == (name in PROLOGUE)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_products_of_attention_are_given_to_triton_in_integers(name):
+    program, given = HEADS[name]
+    (call,) = triton_calls(*program)
+    assert products(call["text"]) == [INTEGER]
+    # The sums are the same if only one side is masked, but the other would read beyond its array.
+    loads = re.findall(r"tt\.load (.*) : tensor<\w+x!tt\.ptr<i8>>", call["text"])
+    assert len(loads) == 2
+    assert all("," in load for load in loads) or "odd" not in name
+    assert call["given"][:2] == [f"tensor<{shape}xi8>" for shape in given]
+    columns = given[1].rsplit("x", 1)[0]
+    zero = [f"tensor<{columns}xi32>"] if program[4] is not None else []
+    assert call["given"][2:] == [*zero, f"tensor<{columns.split('x')[0]}xf32>"]
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_other_kernels_lower(name):
     (call,) = triton_calls(*OTHERS[name])
@@ -142,6 +191,7 @@ def test_the_other_kernels_lower(name):
 
 def test_a_gpu_is_asked_for_by_name_and_refused_elsewhere():
     x, weight, ones = jnp.ones((2, 8)), jnp.ones((8, 4), jnp.int8), jnp.ones(4)
+    index = jnp.zeros((1, 1), jnp.int32)
     requests = {
         "quantized_matmul": lambda **name: quantized_matmul(
             x, weight, 1.0, None, ones, None, None, **name
@@ -149,6 +199,9 @@ def test_a_gpu_is_asked_for_by_name_and_refused_elsewhere():
         "weight_only_matmul": lambda **name: weight_only_matmul(x, weight, ones, None, **name),
         "quantize_activations": lambda **name: quantize_activations(x, **name),
         "gram": lambda **name: gram(x, **name),
+        "attention_products": lambda **name: qk(x[:, :, None, None], x[:, :, None, None], **name),
+        "gather_rows": lambda **name: gather_rows(x[None], index, **name),
+        "scatter_rows": lambda **name: scatter_rows(x[None], index, x[None, :1], **name),
     }
     for name, request in requests.items():
         with pytest.raises(InputError, match=f"{name}: .*needs a GPU .*back end is 'cpu'"):

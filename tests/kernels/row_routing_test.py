@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mpqdiff.errors import InputError
 from mpqdiff.kernels import tpu
-from mpqdiff.kernels.row_routing import gather_rows, pallas_tpu, scatter_rows
+from mpqdiff.kernels.row_routing import gather_rows, pallas_gpu, pallas_tpu, scatter_rows
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_interpret")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_interpret", "pallas_gpu_interpret")
 OPTIONS = ("ordered", "unique", "implementation")
 GATHER = jax.jit(gather_rows, static_argnames=OPTIONS)
 SCATTER = jax.jit(scatter_rows, static_argnames=("add", *OPTIONS))
@@ -34,6 +34,16 @@ def _case(size, dtype, seed, *, ordered=False):
     return jnp.asarray(x, dtype), np.sort(index, axis=1) if ordered else index
 
 
+@pytest.fixture(scope="class")
+def small_tiles():
+    """Tiles of 4 rows of 16 features, for which 16 indices are compared at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("VALUES", 64), ("WIDEST", 16)):
+            patch.setattr(pallas_gpu, name, value)
+        yield
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestEveryImplementation:
     @FEW
@@ -65,8 +75,8 @@ class TestEveryImplementation:
     def test_repeated_rows_add_up(self, implementation, dtype, seed):
         rng = np.random.default_rng(seed)
         into = rng.integers(-9, 9, (2, 6, 10)).astype(np.float32)
-        rows = rng.integers(-9, 9, (2, 11, 10)).astype(np.float32)
-        index = rng.integers(0, 6, (2, 11)).astype(np.int32)
+        rows = rng.integers(-9, 9, (2, 19, 10)).astype(np.float32)
+        index = rng.integers(0, 6, (2, 19)).astype(np.int32)
         total = SCATTER(
             jnp.asarray(into, dtype),
             index,
@@ -77,6 +87,16 @@ class TestEveryImplementation:
         for image in range(2):
             np.add.at(into[image], index[image], rows[image])
         np.testing.assert_array_equal(np.asarray(total, np.float32), into)
+
+    def test_a_repeated_row_is_one_of_those_given_and_whole(self, implementation):
+        into, rows = np.full((2, 6, 40), -1, np.float32), np.empty((2, 19, 40), np.float32)
+        rows[...] = np.arange(19)[:, None]
+        index = np.random.default_rng(0).integers(0, 5, (2, 19)).astype(np.int32)
+        put = np.asarray(SCATTER(into, index, rows, implementation=implementation))
+        np.testing.assert_array_equal(put, np.broadcast_to(put[..., :1], put.shape))
+        taken = put[:, :5, 0].astype(int)
+        np.testing.assert_array_equal(np.take_along_axis(index, taken, 1), [np.arange(5)] * 2)
+        np.testing.assert_array_equal(put[:, 5], -1)
 
     def test_traced_indices_outside_take_the_nearest_row_and_put_none(self, implementation):
         x = jnp.arange(24.0).reshape(2, 4, 3)

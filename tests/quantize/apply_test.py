@@ -67,14 +67,28 @@ def test_back_ends_agree_on_the_whole_denoiser(tiny, products):
     np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["pallas_interpret", "pallas_gpu_interpret"])
+@pytest.mark.parametrize(
+    ("backend", "products"), [("pallas_interpret", False), ("pallas_gpu_interpret", True)]
+)
 @pytest.mark.parametrize("mode", ["step_table", "online"])
-def test_a_kernel_of_packed_weights_agrees_on_the_whole_denoiser(tiny, mode, backend):
-    plan = tiny.plan((2, 4, 8), mode=mode)
-    ours = _eps(tiny.build(plan), tiny, np.int32(30))
-    model = tiny.build(plan, backend=backend)
+def test_a_kernel_of_packed_weights_agrees_on_the_whole_denoiser(tiny, mode, backend, products):
+    plan = tiny.plan((2, 4, 8), mode=mode, products=products)
+    expected = tiny.build(plan, products=products)
+    ours = _eps(expected, tiny, np.int32(30))
+    model = tiny.build(plan, products=products, backend=backend)
     np.testing.assert_allclose(_eps(model, tiny, np.int32(30)), ours, rtol=1e-4, atol=1e-4)
-    assert model.bytes == tiny.build(plan).bytes
+    assert model.bytes == expected.bytes
+
+
+def test_the_gpu_kernels_multiply_the_attention_products_too(tiny):
+    x_t, labels = tiny.inputs
+    calls = []
+    for products in (False, True):
+        plan = tiny.plan((2, 4, 8), products=products)
+        model = tiny.build(plan, products=products, backend="pallas_gpu_interpret")
+        program = jax.make_jaxpr(model.denoise)(model.params, x_t, np.int32(30), labels)
+        calls.append(str(program).count("pallas_call"))
+    assert calls[1] == calls[0] + 2  # qk and pv
 
 
 def test_each_module_may_have_a_back_end_of_its_own(tiny):

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.kernels.attention_products import pallas_tpu, reference, xla
+from mpqdiff.kernels.attention_products import pallas_gpu, pallas_tpu, reference, xla
 from mpqdiff.quantize.numerics import activation_scale, check_bits, is_lopsided
 
 # Each is product(left [B,H,M,K], right [B,H,N,K] or [B,H,K,N], scales, ...) -> [B,H,M,N].
@@ -21,6 +21,8 @@ IMPLEMENTATIONS = {
     "xla": xla.product,
     "pallas_tpu": pallas_tpu.product,
     "pallas_interpret": pallas_tpu.interpreted,
+    "pallas_gpu": pallas_gpu.product,
+    "pallas_gpu_interpret": pallas_gpu.interpreted,
 }
 DEFAULT = "xla"
 
@@ -44,7 +46,7 @@ def qk(
     its finite values; q_zero_point: integers likewise, or None for symmetric ones (with an own
     scale: what the image's range asks for). bits: widths of the operands, which may be traced. NaN
     counts as 0, infinities saturate. `implementation`: a name in IMPLEMENTATIONS; "pallas_tpu"
-    needs a TPU.
+    needs a TPU, "pallas_gpu" a GPU.
     Raises InputError, when traced, on an unknown name, an implementation this machine cannot run,
     shapes that do not fit, a zero point without a scale, and a D above MAX_CONTRACTION.
     """

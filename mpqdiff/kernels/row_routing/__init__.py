@@ -14,19 +14,23 @@ import numpy as np
 from jax.core import Tracer
 
 from mpqdiff.errors import InputError, unknown_name
-from mpqdiff.kernels.row_routing import pallas_tpu, reference, xla
+from mpqdiff.kernels.row_routing import pallas_gpu, pallas_tpu, reference, xla
 
 GATHER = {
     "reference": reference.gather_rows,
     "xla": xla.gather_rows,
     "pallas_tpu": pallas_tpu.gather_rows,
     "pallas_interpret": pallas_tpu.gather_interpreted,
+    "pallas_gpu": pallas_gpu.gather_rows,
+    "pallas_gpu_interpret": pallas_gpu.gather_interpreted,
 }
 SCATTER = {
     "reference": reference.scatter_rows,
     "xla": xla.scatter_rows,
     "pallas_tpu": pallas_tpu.scatter_rows,
     "pallas_interpret": pallas_tpu.scatter_interpreted,
+    "pallas_gpu": pallas_gpu.scatter_rows,
+    "pallas_gpu_interpret": pallas_gpu.scatter_interpreted,
 }
 DEFAULT = "xla"
 
@@ -38,7 +42,8 @@ def gather_rows(
 
     `ordered`, `unique`: promises that each image's indices ascend, and that none repeats; the
     gradient of "xla" uses them, and is wrong where they are broken. `implementation`: a name in
-    GATHER; "pallas_tpu" needs a TPU, and only "xla" and "reference" have gradients.
+    GATHER; "pallas_tpu" needs a TPU, "pallas_gpu" a GPU, and only "xla" and "reference" have
+    gradients.
     Raises InputError, when traced, on an unknown name, an implementation this machine cannot run,
     shapes or types that do not fit, and a known index out of range.
     """

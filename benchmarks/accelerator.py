@@ -34,7 +34,7 @@ from mpqdiff.kernels.quantized_matmul import quantized_matmul
 from mpqdiff.kernels.weight_only_matmul import weight_only_matmul
 from mpqdiff.models import DIT_SIZES
 from mpqdiff.plan import Plan
-from mpqdiff.quantize import activations, apply
+from mpqdiff.quantize import activations, apply, backends
 from mpqdiff.quantize.pack import pack
 
 KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu", "cpu": "pallas_gpu_interpret"}
@@ -290,7 +290,7 @@ def quantised_dit(module, params, w_bits: int, kept, implementation: str):
         jnp.asarray(kept, jnp.int32), jnp.full(shape, SCALE), jnp.zeros(shape, jnp.int8)
     )
     tensors = apply.quantize(params, planned, plan, table, [False] * len(planned), clip="absmax")
-    apply.BACKENDS[f"benchmark_{implementation}"] = partial(backend, implementation)
+    backends.BACKENDS[f"benchmark_{implementation}"] = partial(backend, implementation)
     model = apply.build(
         denoise, params, planned, plan, tensors, table, backend=f"benchmark_{implementation}"
     )

@@ -16,7 +16,7 @@ from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.evaluate import features, statistics
 from mpqdiff.quantize import activations
-from mpqdiff.quantize.apply import MEASURED, check_backend
+from mpqdiff.quantize.backends import MEASURED, check_backend
 from mpqdiff.quantize.numerics import CLIPS, check_bits
 from mpqdiff.sensitivity import manifold_score, orthogonality, ranking
 from mpqdiff.timesteps import candidates, drift, edges

@@ -17,7 +17,8 @@ from mpqdiff.costs import calibration, latency, legality
 from mpqdiff.diffusion.steps import uniform_timesteps
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan, with_choices
-from mpqdiff.quantize.apply import MEASURED, build, quantize
+from mpqdiff.quantize.apply import build, quantize
+from mpqdiff.quantize.backends import MEASURED
 from mpqdiff.sites import module_path
 
 # Plans to fit on and to hold out, and the sampler's steps in each: enough that a call dominates.

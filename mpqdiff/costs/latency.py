@@ -45,7 +45,7 @@ from mpqdiff.models.product import Product
 from mpqdiff.quantize.numerics import qmax
 from mpqdiff.sites import Site
 
-# What multiplies packed weights beside XLA, by platform: names of `quantize.apply.BACKENDS`. An
+# What multiplies packed weights beside XLA, by platform: names of `quantize.backends.BACKENDS`. An
 # execution by one of them is named "int4@pallas_tpu".
 ALTERNATIVES: dict[str, tuple[str, ...]] = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
 DTYPES = {"float32": jnp.float32, "bf16": jnp.bfloat16}
@@ -243,7 +243,7 @@ def program(operation: Operation, name: str):
             held["kernel"] = jnp.asarray(kernel.reshape(_kernel_shape(operation)), DTYPES[name])
         step = partial(_float_step, module, DTYPES[name])
     else:
-        from mpqdiff.quantize.apply import BACKENDS  # of a higher layer: only here, when timed
+        from mpqdiff.quantize.backends import BACKENDS  # of a higher layer: only here, when timed
 
         execution_name, _, other = name.partition("@")
         bits = INTEGERS[execution_name]
@@ -296,7 +296,7 @@ def _float_step(module, dtype, at, held):
 
 
 def _integer_step(site: Site, module, online: bool, open_, matmul, at, held):
-    from mpqdiff.quantize.apply import integer_site
+    from mpqdiff.quantize.operate import integer_site
 
     product = site.kind == "product"
     return integer_site(

@@ -24,8 +24,9 @@ from mpqdiff.errors import InputError
 from mpqdiff.kernels.quantized_matmul import quantized_matmul
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.activations import Table
-from mpqdiff.quantize.apply import integer_site, quantize_kernel
+from mpqdiff.quantize.apply import quantize_kernel
 from mpqdiff.quantize.numerics import BITS, column_sums
+from mpqdiff.quantize.operate import integer_site
 from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sites import Site, module_path
 

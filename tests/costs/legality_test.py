@@ -12,7 +12,7 @@ from mpqdiff.costs.legality import RULES, Convolution, Einsum, Operation, Rules,
 from mpqdiff.denoiser import Prediction, from_linen
 from mpqdiff.errors import InputError
 from mpqdiff.kernels.quantized_matmul import MAX_CONTRACTION
-from mpqdiff.quantize import apply
+from mpqdiff.quantize import operate
 from mpqdiff.records import FLOAT_BITS
 
 FLOAT = (FLOAT_BITS, FLOAT_BITS)
@@ -116,7 +116,7 @@ def test_what_has_no_integer_form_is_what_the_integer_model_refuses(name):
     found = legality.operations(denoise, params, [site], x, 0, None)["conv"]
     conv = nn.Conv(4, (3, 3), **CONVS[name])
     try:
-        apply.geometry(conv.bind({}))
+        operate.geometry(conv.bind({}))
     except InputError:
         assert legality.float_only(found)
         assert legality.executions(found) == legality.FLOATS

@@ -16,7 +16,7 @@ from mpqdiff.evaluate import verify
 from mpqdiff.kernels.quantized_matmul import quantized_matmul
 from mpqdiff.models.product import Product
 from mpqdiff.plan import Plan
-from mpqdiff.quantize import activations, apply
+from mpqdiff.quantize import activations, apply, backends
 from mpqdiff.records import Statistics
 
 BATCH, SHAPE = 4, (4, 4, 1)
@@ -70,7 +70,8 @@ class _Built:
         tensors = apply.quantize(params, self.sites, plan, table, flags)
         patch = pytest.MonkeyPatch()
         if matmul:
-            patch.setitem(apply.BACKENDS, "kernels", lambda: (*apply_kernels_backend()[:2], matmul))
+            hold, open_, _ = kernels_backend()
+            patch.setitem(backends.BACKENDS, "kernels", lambda: (hold, open_, matmul))
         model = apply.build(denoise, params, self.sites, plan, tensors, table, backend=backend)
         patch.undo()
         self.bytes = model.bytes
@@ -92,7 +93,7 @@ class _Built:
         return verify.check(self.execution, self.sites, **given | changes)
 
 
-apply_kernels_backend = apply._kernels_backend
+kernels_backend = backends._kernels_backend
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mpqdiff.intercept import scope
 from mpqdiff.kernels import attention_products, tpu
 from mpqdiff.kernels.attention_products import pallas_gpu, pallas_tpu, pv, qk, reference, xla
 from mpqdiff.models.product import Product
-from mpqdiff.quantize.apply import integer_site
+from mpqdiff.quantize.operate import integer_site
 from mpqdiff.sites import Site
 
 ACCUMULATE = {

@@ -13,7 +13,7 @@ from mpqdiff.costs.bytes import device_bytes
 from mpqdiff.errors import InputError
 from mpqdiff.kernels.quantized_conv import pads
 from mpqdiff.kernels.quantized_conv.patches import patches, surround
-from mpqdiff.quantize import apply
+from mpqdiff.quantize import apply, operate
 from mpqdiff.quantize.activations import Table
 from mpqdiff.quantize.numerics import activation_scale, quantize_activation
 
@@ -171,7 +171,7 @@ class _Convolution(nn.Module):
 def _patch_product(module, x):
     """x through the convolution's patches and its flattened kernel."""
     kernel = module.variables["params"]["kernel"]
-    geometry = apply.geometry(module)
+    geometry = operate.geometry(module)
     padded = surround(x, pads(x.shape[1:3], **geometry))
     rows = patches(padded, geometry["kernel_size"], geometry["strides"])
     return rows @ kernel.reshape(-1, kernel.shape[-1])
@@ -230,7 +230,7 @@ def test_an_asymmetric_convolution_pads_with_real_zero(padding):
     integer = apply.integer_denoise(
         denoise,
         [site],
-        {"conv": (lambda qvalue: qvalue, apply.quantized_matmul)},
+        {"conv": (lambda qvalue: qvalue, operate.quantized_matmul)},
         a_bits={"conv": 8},
     )
     given = {"float": {}, "sites": {"conv": tensors}, "steps": steps}
@@ -269,5 +269,5 @@ def test_other_convolutions_are_refused_by_name(arguments):
 def test_a_model_that_folds_axes_into_the_batch_needs_a_scalar_t():
     x = np.zeros((6, 3), np.float32)
     with pytest.raises(InputError, match=r"'a/b': 2 timesteps for 6 rows.*shape \[\]"):
-        apply._against(np.ones(2), x, "a/b")
-    assert apply._against(np.ones(6), x, "a/b").shape == (6, 1)
+        operate._against(np.ones(2), x, "a/b")
+    assert operate._against(np.ones(6), x, "a/b").shape == (6, 1)

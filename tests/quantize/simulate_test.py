@@ -13,7 +13,7 @@ from mpqdiff import sites as site_list
 from mpqdiff.denoiser import Prediction, from_linen
 from mpqdiff.errors import InputError
 from mpqdiff.kernels.quantized_matmul import quantized_matmul, xla
-from mpqdiff.quantize import activations, apply, simulate
+from mpqdiff.quantize import activations, apply, backends, simulate
 from mpqdiff.quantize.numerics import quantize_activation, quantize_weight
 
 CHOICES = ((4, 6), (3, 8), (4, 8), (8, 8), (32, 32))
@@ -93,8 +93,8 @@ def compared(tiny):
     listening, traces = Listening(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulate, "quantized_matmul", listening)
-        backend = (*apply._kernels_backend()[:2], listening)
-        patch.setitem(apply.BACKENDS, "kernels", lambda: backend)
+        backend = (*backends._kernels_backend()[:2], listening)
+        patch.setitem(backends.BACKENDS, "kernels", lambda: backend)
         sites = tiny.sites()
         net, denoise = supernet(tiny), simulate.simulated_denoise(tiny.denoise, sites, CHOICES)
 

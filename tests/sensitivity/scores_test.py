@@ -14,7 +14,7 @@ from mpqdiff.diffusion.samplers import ddim
 from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
 from mpqdiff.kernels.quantized_matmul import quantized_matmul
-from mpqdiff.quantize import apply
+from mpqdiff.quantize import apply, backends
 from mpqdiff.sensitivity import SCORES, damage, eps_error, random
 
 FLOAT = 3  # the place of float among the choices
@@ -115,8 +115,8 @@ def output_errors(small, index, choice, captured):
         return caught[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        backend = (*apply._kernels_backend()[:2], matmul)
-        patch.setitem(apply.BACKENDS, "catching", lambda: backend)
+        backend = (*backends._kernels_backend()[:2], matmul)
+        patch.setitem(backends.BACKENDS, "catching", lambda: backend)
         params, denoise = small.integer(index, choice, backend="catching")
     bias = small.params.get(site.path, {}).get("bias", 0.0)
     for (args, out), x_t, t in zip(captured[site.path], small.x_ts, small.timesteps, strict=True):

@@ -280,6 +280,13 @@ def test_timesteps_that_cannot_be_selected_are_refused_before_any_work(case, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_pruning_by_drift_is_refused_before_there_is_a_student(tmp_path):
-    with pytest.raises(InputError, match="drift of a quantised student"):
-        pipeline.Experiment(_config(timesteps__name="drift"), tmp_path)
+def test_float_arms_of_a_recipe_that_prunes_by_drift_run_even_steps(tmp_path):
+    found = pipeline.Experiment(_config(timesteps__name="drift"), tmp_path)
+    even = pipeline.Experiment(_config(), tmp_path)
+    np.testing.assert_array_equal(found.timesteps, even.timesteps)
+
+
+def test_an_unknown_reading_of_drift_is_refused(tmp_path):
+    config = _config(timesteps__name="drift", timesteps__drift="x_0")
+    with pytest.raises(InputError, match="unknown reading of drift 'x_0'; known: state"):
+        pipeline.Experiment(config, tmp_path)

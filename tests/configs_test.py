@@ -53,6 +53,16 @@ def load(name: str, *arguments: str):
     return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arguments)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablations/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("argument", ["", "steps", "smoke"])
+def test_an_ablation_is_valid_in_every_arm(path, argument):
+    config = runpy.run_path(str(path))["get_config"](argument)
+    validate(config)
+    for recipe in pipeline.recipes(config):
+        validate(recipe)
+        pipeline.check_names(recipe)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_is_valid_and_its_model_is_the_published_one(name):
     config = load(name)

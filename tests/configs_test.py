@@ -54,13 +54,14 @@ def load(name: str, *arguments: str):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ablations/*.py")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("argument", ["", "steps", "smoke"])
-def test_an_ablation_is_valid_in_every_arm(path, argument):
-    config = runpy.run_path(str(path))["get_config"](argument)
-    validate(config)
-    for recipe in pipeline.recipes(config):
-        validate(recipe)
-        pipeline.check_names(recipe)
+def test_an_ablation_is_valid_in_every_arm(path):
+    make = runpy.run_path(str(path))["get_config"]
+    for argument in ("", "smoke", *(["steps"] if path.stem == "diffpro" else [])):
+        config = make(argument)
+        validate(config)
+        for recipe in pipeline.recipes(config):
+            validate(recipe)
+            pipeline.check_names(recipe)
 
 
 @pytest.mark.parametrize("name", NAMES)

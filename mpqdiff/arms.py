@@ -25,6 +25,7 @@ from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan
 from mpqdiff.quantize import store
 from mpqdiff.quantize.apply import build, float_leaves, stream
+from mpqdiff.recipe import count_images
 
 
 class Arm:
@@ -57,10 +58,8 @@ class Arm:
 
     @property
     def count(self) -> int:
-        """Images that the arm samples: by its steps where `sample.by_steps` says so."""
-        limits = sorted(tuple(pair) for pair in self.config.sample.by_steps)
-        fitting = [images for most, images in limits if len(self.timesteps) <= most]
-        return fitting[0] if fitting else self.config.sample.num_images
+        """Images that the arm samples."""
+        return count_images(self.config, len(self.timesteps))
 
     @cached_property
     def file(self) -> Path:

@@ -226,34 +226,17 @@ POSITIVE = (
     "train.checkpoint_every", "train.log_every",
 )  # fmt: skip
 
+NOT_NEGATIVE = (
+    "diffusion.eta", "evaluate.drift_images", "evaluate.health_images", "plan.tolerance",
+    "timesteps.every",
+)  # fmt: skip
+
 
 def validate(config: Config) -> None:
     """InputError on a key that `base` lacks or the reverse, a value of another type than the
     default's, or a count that is not positive."""
     _compare_keys(config, base(), "config")
-    for path in POSITIVE:
-        value = _at(config, path)
-        if not value > 0:
-            raise InputError(f"config.{path}={value}: expected a positive number")
-    for name, value in config.model.kwargs.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise InputError(f"config.model.kwargs.{name}={value}: expected at least 1")
-    if config.evaluate.drift_images < 0:
-        raise InputError(
-            f"config.evaluate.drift_images={config.evaluate.drift_images}: expected 0 or more"
-        )
-    _check_manifold(config.score.manifold)
-    if config.evaluate.health_images < 0:
-        raise InputError(
-            f"config.evaluate.health_images={config.evaluate.health_images}: expected 0 or more"
-        )
-    if config.diffusion.eta < 0:
-        raise InputError(f"config.diffusion.eta={config.diffusion.eta}: expected 0 or more")
-    _check_pins(config.plan.pins)
-    _check_ties(config.plan.ties)
-    for name, value in config.plan.budget.items():
-        if not value >= 0:
-            raise InputError(f"config.plan.budget.{name}={value}: expected a bound, or 0 for none")
+    _check_values(config)
     if config.calibration.samples < 4:
         raise InputError(f"config.calibration.samples={config.calibration.samples}: at least 4")
     if min(config.seed, config.sample.seed) < 0 or config.seed == config.sample.seed:
@@ -281,6 +264,43 @@ def validate(config: Config) -> None:
                     if part not in default:
                         raise _unknown_key(where, part, default)
                     _check_type(f"{where}.{part}", given[part], default[part])
+    for changes in config.arms.values():  # what an arm changes is checked like the rest
+        _check_values(for_arm(config, changes))
+
+
+def _check_values(config: Config) -> None:
+    """InputError on a value out of range, in the config itself or in what an arm makes of it."""
+    for path in POSITIVE:
+        value = _at(config, path)
+        if not value > 0:
+            raise InputError(f"config.{path}={value}: expected a positive number")
+    for name, value in config.model.kwargs.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise InputError(f"config.model.kwargs.{name}={value}: expected at least 1")
+    for path in NOT_NEGATIVE:
+        if not _at(config, path) >= 0:
+            raise InputError(f"config.{path}={_at(config, path)}: expected 0 or more")
+    _check_manifold(config.score.manifold)
+    _check_pins(config.plan.pins)
+    _check_ties(config.plan.ties)
+    for name, value in config.plan.budget.items():
+        if not value >= 0:
+            raise InputError(f"config.plan.budget.{name}={value}: expected a bound, or 0 for none")
+    for name, value in config.plan.reduction.items():
+        if not value >= 0:
+            raise InputError(
+                f"config.plan.reduction.{name}={value}: expected how many times less than float32, "
+                "or 0 for no bound"
+            )
+    for steps in config.plan.steps:
+        if type(steps) is not int or steps < 1:
+            raise InputError(f"config.plan.steps={config.plan.steps}: expected counts of steps")
+    for pair in config.sample.by_steps:
+        counts = list(pair) if isinstance(pair, tuple | list) else [pair]
+        if len(counts) != 2 or any(type(count) is not int or count < 1 for count in counts):
+            raise InputError(
+                f"config.sample.by_steps has {pair!r}: expected pairs (steps at most, images)"
+            )
 
 
 def _at(config, path: str):

@@ -24,11 +24,8 @@ def plan_only(experiment: Experiment) -> str:
     if status:
         lines.append(f"{Status[status.upper()].value} (gap {plan.gap:.3g} of {plan.objective:.3g})")
     lines.append(f"written: {workdir / 'plan.json'}")
-    if len(config.plan.steps) > 1:
-        points = joint.search(experiment, config, config.system)
-        picked = joint.chosen(points, config.plan.tolerance)
-        joint.write(points, picked, workdir / "joint.json")
-        lines += [joint.table(points, picked), f"written: {workdir / 'joint.json'}"]
+    if found := joint.record(experiment):
+        lines += [joint.table(*found), f"written: {workdir / 'joint.json'}"]
     return "\n".join(lines)
 
 

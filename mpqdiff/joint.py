@@ -20,7 +20,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from mpqdiff import planning, seconds, timesteps
+from mpqdiff import planning, scoring, seconds, timesteps
 from mpqdiff.artifacts import load_arrays, read_json, save_arrays, write_json
 from mpqdiff.config import Config
 from mpqdiff.errors import InfeasibleError, InputError
@@ -138,6 +138,9 @@ def search(experiment: Experiment, config: Config, system: str) -> list[dict]:
 
     key = {
         "record": name,
+        # What the plans were solved from: it depends on the other recipes' choices too.
+        "score": scoring.scores(experiment, config)[0],
+        "seconds": planning.timing(experiment, config),
         "config": {
             part: config[part].to_dict()
             for part in ("score", "aggregate", "plan", "quantize", "timesteps", "diffusion")
@@ -244,13 +247,19 @@ def table(points: list[dict], picked: dict) -> str:
     return "\n".join(lines)
 
 
-def write(points: list[dict], picked: dict, path) -> None:
-    """`joint.json`: the points, which is the plan, and which no other one beats."""
+def record(experiment: Experiment) -> tuple[list[dict], dict] | None:
+    """(the points of the config's own recipe, the one that is its plan), written to `joint.json`
+    with which of them no other one beats; None where there are no steps to choose among."""
+    config, path = experiment.config, experiment.store.workdir / "joint.json"
+    if len(config.plan.steps) < 2:
+        return None
+    points = search(experiment, config, config.system)
+    picked = chosen(points, config.plan.tolerance)
     resources = ("file_bytes", "bitops", "joules")
-    best = front(points, resources)
     kept = [
         {key: value for key, value in point.items() if key not in ("values", "timesteps")}
         | {"plan": point is picked, "front": flag}
-        for point, flag in zip(points, best, strict=True)
+        for point, flag in zip(points, front(points, resources), strict=True)
     ]
     write_json(path, {"schema": 1, "resources": ["error", *resources], "points": kept})
+    return points, picked

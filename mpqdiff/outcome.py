@@ -102,7 +102,8 @@ def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
     matrix = None if scores.matrix is None else np.asarray(scores.matrix).mean(axis=0)
     time_only = np.asarray(experiment.statistics[1].time_only)
     paths = [site.path for site in experiment.sites]
-    front = experiment.store.workdir / "pareto.json"
+    workdir = experiment.store.workdir
+    front = workdir / "pareto.json"
     data = report.ReportData(
         results=found,
         plan=plans.to_json(planned(arms[1])),
@@ -126,9 +127,9 @@ def write_report(experiment, arms, found, clock: Clock, command: str) -> None:
         pareto=read_json(front) if front.exists() else None,
         signals=signals(experiment),
         ranges=ranges(experiment, planned(arms[1])),
-        joint=joint_points(experiment),
+        joint=read_json(workdir / "joint.json") if joint.record(experiment) else None,
     )
-    report.write(experiment.store.workdir / "report.html", data)
+    report.write(workdir / "report.html", data)
 
 
 def signals(experiment: Experiment) -> dict | None:
@@ -155,16 +156,6 @@ def ranges(experiment: Experiment, plan: Plan) -> dict | None:
         static=experiment.table(fixed, plan.a_bits),
         own=experiment.table(config, plan.a_bits),
     )
-
-
-def joint_points(experiment: Experiment) -> dict | None:
-    """`joint.json`, written anew; None where the recipe has no steps to choose among."""
-    config, path = experiment.config, experiment.store.workdir / "joint.json"
-    if len(config.plan.steps) < 2:
-        return None
-    points = joint.search(experiment, config, config.system)  # cached: the plan is one of them
-    joint.write(points, joint.chosen(points, config.plan.tolerance), path)
-    return read_json(path)
 
 
 def _stored(site, planned: list[str], asymmetric: list[bool]) -> dict:

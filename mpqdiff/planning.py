@@ -107,6 +107,11 @@ def uniform(experiment: Experiment, config: Config, bits: int) -> dict[str, floa
     return predict(found, legal.argmax(axis=1))
 
 
+def timing(experiment: Experiment, config: Config) -> str | None:
+    """The artifact of the latency model, where the recipe bounds seconds."""
+    return seconds.model(experiment, config)[0] if bounds(config, "seconds") else None
+
+
 def float_total(experiment: Experiment, name: str) -> float:
     """What arm 0, the float32 model at its own steps, takes of resource `name`."""
     config, sites = experiment.config, experiment.sites
@@ -208,7 +213,7 @@ def plan(experiment: Experiment, config: Config, system: str) -> Plan:
         "timesteps": experiment.steps(config).tolist(),
         "seed": config.seed,
         "system": system,
-        "seconds": seconds.model(experiment, config)[0] if bounds(config, "seconds") else None,
+        "seconds": timing(experiment, config),
     }
 
     def compute(folder):

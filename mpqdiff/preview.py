@@ -5,11 +5,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mpqdiff import conditioning, pipeline
+from mpqdiff import conditioning, pipeline, timesteps
 from mpqdiff import sites as site_list
+from mpqdiff.config import for_arm
 from mpqdiff.costs import legal_choices, list_choices
 from mpqdiff.outcome import site_row
 from mpqdiff.program.configured import denoiser
+from mpqdiff.recipe import count_images
 from mpqdiff.record import timesteps_per_chunk
 from mpqdiff.sensitivity.damage import evaluations
 
@@ -59,15 +61,16 @@ def cost(config, params, sites, planned, remainder) -> str:
     macs = sum(site.macs for site in sites) + sum(entry.macs for entry in remainder)
     steps = config.diffusion.num_steps
     halves = 1 if config.diffusion.guidance_scale == 1.0 else 2
-    arms = 2 + len(config.arms)
-    c, samples = config.calibration, config.sample.num_images
+    c, runs = config.calibration, sampled(config)
+    timed = sum(min(config.sample.batch, images) * count for count, images in runs)
     recorded = min(c.timesteps, steps)
     calls = {
         "calibrate": c.samples * steps * halves,
         "record": c.samples * recorded * 2,
         **score_calls(config, planned, recorded, steps * halves),
-        "sample": arms * samples * steps * halves,
-        "time": arms * (config.evaluate.timing_rounds + 1) * config.sample.batch * steps * halves,
+        **{name: count * halves for name, count in step_calls(config).items()},
+        "sample": sum(images * count for count, images in runs) * halves,
+        "time": (config.evaluate.timing_rounds + 1) * timed * halves,
     }
     # Elementwise work, normalisation and attention: small models reach about a fifth of the rate.
     rate = macs_per_second() / 5
@@ -79,11 +82,46 @@ def cost(config, params, sites, planned, remainder) -> str:
     grams = 4 * c.timesteps * len(planned) * c.samples**2
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
     lines += [
-        f"compiling     {arms + 4} programs",
+        f"compiling     {len(runs) + 4} programs",
         f"memory        {c.memory_gb} GB of activations at most ({chunk} timesteps at once), "
         f"{grams / 2**20:.1f} MiB of Grams, {weights / 2**20:.1f} MiB of float32 weights",
     ]
     return "\n".join(lines)
+
+
+def sampled(config) -> list[tuple[int, int]]:
+    """(steps, images) of every arm, float first; the most steps where a plan chooses them."""
+    float_steps = config.diffusion.num_steps
+    counts = [float_steps, max(config.plan.steps, default=float_steps)]
+    for changes in config.arms.values():
+        recipe = for_arm(config, changes)
+        own = recipe.diffusion.num_steps
+        counts.append(own if changes.get("float") else max(recipe.plan.steps, default=own))
+    return [(steps, count_images(config, steps)) for steps in counts]
+
+
+def step_calls(config) -> dict[str, int]:
+    """Evaluations that choosing timesteps and their number takes; what takes none is left out."""
+    length, rollouts, drifts = config.diffusion.num_timesteps, 0, 0
+    every = pipeline.recipes(config)
+    floats = [False, *(bool(changes.get("float")) for changes in config.arms.values())]
+    for recipe, is_float in zip(every, floats, strict=True):
+        if is_float:
+            continue
+        steps = recipe.plan.steps or (recipe.diffusion.num_steps,)
+        if len(steps) > 1:
+            rollouts += recipe.plan.rollout * (config.diffusion.num_steps + sum(steps))
+        if recipe.timesteps.name == "drift":
+            again = [(length - s) // recipe.timesteps.every if recipe.timesteps.every else 0
+                     for s in steps]  # fmt: skip
+            drifts += sum(2 * recipe.timesteps.samples * length * (1 + count) for count in again)
+    taken = ("gram" in timesteps.arguments(each.timesteps.name) for each in every)
+    counts = {
+        "teacher": config.timesteps.samples * length if any(taken) else 0,
+        "drift": drifts,
+        "steps": rollouts,
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def score_calls(config, planned, recorded: int, steps: int) -> dict[str, int]:

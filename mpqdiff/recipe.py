@@ -27,6 +27,13 @@ def recipes(config: Config) -> list[Config]:
     return [config, *(for_arm(config, changes) for changes in config.arms.values())]
 
 
+def count_images(config: Config, steps: int) -> int:
+    """Images that an arm of so many steps samples: by `sample.by_steps` where that says so."""
+    limits = sorted(tuple(pair) for pair in config.sample.by_steps)
+    fitting = [images for most, images in limits if steps <= most]
+    return fitting[0] if fitting else config.sample.num_images
+
+
 def check_features(config: Config, image_shape: tuple[int, ...]) -> None:
     """InputError when the feature network or its reference does not fit, before any work."""
     if not (config.publish and config.evaluate.features):

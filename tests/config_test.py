@@ -156,3 +156,36 @@ def test_an_arm_changes_its_keys_and_nothing_else():
         _set(expected, ARM_KEYS[key], value)
     assert arm.to_dict() == expected.to_dict()
     assert for_arm(config, {"float": True}).to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reduction": {"file_bytes": -1.0}}, "plan.reduction.file_bytes=-1.0"),
+        ({"manifold": {"weights": (1.0, 0.0)}}, "manifold.weights=.*expected four numbers"),
+        ({"steps": (0,)}, r"plan.steps=\(0,\): expected counts"),
+        ({"budget": {"bytes": -5.0}}, "plan.budget.bytes=-5.0"),
+        ({"num_steps": 0}, "diffusion.num_steps=0: expected a positive"),
+    ],
+)
+def test_what_an_arm_changes_is_checked_like_the_rest(changes, message):
+    config = base()
+    config.arms = {"odd": changes}
+    with pytest.raises(InputError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize("pairs", [((50,),), (50,), ((50, 0),), ((50, 1.5),)])
+def test_images_by_steps_are_pairs_of_counts(pairs):
+    config = base()
+    config.sample.by_steps = pairs
+    with pytest.raises(InputError, match=r"expected pairs \(steps at most, images\)"):
+        validate(config)
+
+
+@pytest.mark.parametrize("key", ["tolerance", "rollout"])
+def test_a_negative_number_of_the_joint_choice_is_refused(key):
+    config = base()
+    config.plan[key] = -1 if key == "rollout" else -0.1
+    with pytest.raises(InputError, match=f"plan.{key}=-"):
+        validate(config)

@@ -126,9 +126,6 @@ def test_a_step_saved_buys_bits(experiment, config, tmp_path):
     joint.plan(experiment, recipe, "test")
     again = [entry for entry in log if entry["stage"] == "joint"][len(before) :]
     assert [entry["cached"] for entry in again] == [True]
-    joint.write(points, picked, tmp_path / "joint.json")
-    stored = json.loads((tmp_path / "joint.json").read_text())["points"]
-    assert [point["plan"] for point in stored] == [point is picked for point in points]
     assert "<- the plan" in joint.table(points, picked)
 
 
@@ -186,8 +183,9 @@ def test_the_command_prints_and_writes_the_points(config, tmp_path):
     recipe = _recipe(config, plan__steps=(8, 4))
     printed = decisions.plan_only(pipeline.Experiment(recipe, tmp_path))
     assert "<- the plan" in printed
-    assert (tmp_path / "joint.json").exists()
-    assert len(json.loads((tmp_path / "plan.json").read_text())["timesteps"]) in (4, 8)
+    steps = len(json.loads((tmp_path / "plan.json").read_text())["timesteps"])
+    points = json.loads((tmp_path / "joint.json").read_text())["points"]
+    assert {point["steps"]: point["plan"] for point in points} == {8: steps == 8, 4: steps == 4}
 
 
 def test_set_metrics_are_of_all_images_and_pairs_of_the_shared_ones(tmp_path):
@@ -262,3 +260,20 @@ def test_a_measured_back_end_is_the_quickest_of_each_site(experiment, config, mo
     assert set(found.values()) == set(expected.values())
     model = joint.student(experiment, recipe, plan)
     assert model.bytes == plan.predicted["bytes"]
+
+
+def test_the_cost_preview_counts_the_steps_and_images_of_each_arm(config):
+    from mpqdiff import preview
+
+    recipe = _recipe(config, plan__steps=(8, 4), plan__rollout=16, sample__num_images=6,
+                     sample__by_steps=((8, 10),), timesteps__samples=5)  # fmt: skip
+    recipe.arms = {
+        "fewer": {"float": True, "num_steps": 5, "timesteps": "shortest_path"},
+        "drift": {"timesteps": "drift", "steps": (8,)},
+    }
+    assert preview.sampled(recipe) == [(20, 6), (8, 10), (8, 10), (5, 10)]
+    counts = preview.step_calls(recipe)
+    assert counts == {"teacher": 5 * 40, "drift": 2 * 5 * 40, "steps": 16 * (20 + 8 + 4)}
+    recipe.arms = {}
+    recipe.plan.steps = ()
+    assert preview.step_calls(recipe) == {}

@@ -58,7 +58,7 @@ class ReportData:
     plans: dict[str, dict] = field(default_factory=dict)  # plan.json of other arms, by arm
     signals: dict | None = None  # of `mpqdiff.scoring.manifold_signals`
     ranges: dict | None = None  # of `mpqdiff.report.steps.varying`
-    joint: dict | None = None  # joint.json, of `mpqdiff.joint.write`
+    joint: dict | None = None  # joint.json, of `mpqdiff.joint.record`
 
 
 def write(path, data: ReportData) -> None:

@@ -157,7 +157,7 @@ def joint(found: dict | None) -> Figure | None:
 
 
 def check(found: dict) -> None:
-    """InputError unless `found` has the form of `mpqdiff.joint.write`."""
+    """InputError unless `found` has the form of `mpqdiff.joint.record`."""
     points = found.get("points") or [{}]
     missing = sorted({key for key in POINT for point in points if key not in point})
     if found.get("schema") != 1 or missing:

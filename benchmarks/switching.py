@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from table import piped
 
-from mpqdiff import joint
+from mpqdiff import joint, student
 from mpqdiff.config import base
 from mpqdiff.pipeline import Experiment
 
@@ -55,7 +55,7 @@ def build(weights: str, steps: int, batch: int, folder: Path):
     for bits in (4, 8):
         recipe = config.copy_and_resolve_references()
         recipe.plan.update(w_bits=(bits,), ratio_bits=bits)
-        models.append(joint.student(experiment, recipe, joint.plan(experiment, recipe, "uniform")))
+        models.append(student.model(experiment, recipe, joint.plan(experiment, recipe, "uniform")))
     return experiment, models, experiment.timesteps
 
 

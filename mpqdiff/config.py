@@ -57,6 +57,8 @@ def base() -> Config:
             # uniform, quadratic, log_snr, drift_edges, shortest_path; or drift, which prunes by the
             # student of a plan: float arms then run uniform ones.
             name="uniform",
+            # drift_edges, shortest_path: by what a plan's own student adds to the edges, too
+            by_student=False,
             samples=32,  # trajectories that the last three choose by
             tail=0.0,  # the last t < tail F are kept
             data_std=1.0,  # spread of the data: 1 is the error in x_t, large values that in x_0
@@ -101,7 +103,8 @@ def base() -> Config:
             w_bits=(4, 8),  # an unpinned site chooses a pair (weight bits, activation bits)
             a_bits=(8,),
             keep_float=False,  # a site may also stay in float
-            pins=(("patch_embed|final", 8), ("t_embed/.*", 8)),  # (regex, bits), in every arm
+            # (regex, bits, or 32 for float), in every arm
+            pins=(("patch_embed|final", 8), ("t_embed/.*", 8)),
             ties=(),  # regexes: sites matched with the same captured groups take one choice
             legality="any",  # any; or cpu, gpu, tpu: leave out what that device cannot do well
             solver="lp",
@@ -156,6 +159,7 @@ def base() -> Config:
             ceiling_steps=2,  # the float model whose FID is damage 1
             timing_rounds=5,  # every arm once per round, in turn
             batch_1=False,  # time single images too; one more program per arm
+            predict_ms=False,  # what the latency model expects, too; minutes once per device
             drift_images=0,  # images whose trajectories are compared; one more program per arm
             health_images=0,  # images whose clipped and not finite activations are counted, by arm
             downstream=False,  # classifiers trained on each arm's samples; needs real test images
@@ -212,6 +216,7 @@ ARM_KEYS = {
     "seed": "seed",
     "num_steps": "diffusion.num_steps",
     "timesteps": "timesteps.name",
+    "by_student": "timesteps.by_student",
     "tail": "timesteps.tail",
     "float": "no plan: the float32 model (with num_steps)",
 }

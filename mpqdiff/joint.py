@@ -5,8 +5,8 @@ explicit. Bytes do not depend on S; BitOPs, seconds and joules of an image grow 
 under those a step saved buys bits. For each S of `plan.steps`:
 
     widths   solved under the budgets, S steps long
-    steps    S of the F timesteps; with `timesteps.name = "drift"` pruned by how far the student of
-             those very widths leaves its teacher
+    steps    S of the F timesteps; where the recipe asks its student, the student of those very
+             widths (`student`)
     error    mean squared error of x_0 against the float model of arm 0, same noise and condition,
              of the integer model itself
 
@@ -15,20 +15,19 @@ The plan is the S of least error; of those tied with it by the paired test, the 
 """
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np
 
-from mpqdiff import planning, scoring, seconds, timesteps
-from mpqdiff.artifacts import load_arrays, read_json, save_arrays, write_json
+from mpqdiff import planning, scoring, student
+from mpqdiff.artifacts import read_json, write_json
 from mpqdiff.config import Config
 from mpqdiff.errors import InfeasibleError, InputError
 from mpqdiff.evaluate.intervals import mean_interval
 from mpqdiff.evaluate.paired import paired_difference, x0_errors
 from mpqdiff.pipeline import VERSIONS, Experiment
 from mpqdiff.plan import Plan
-from mpqdiff.quantize.apply import QuantizedModel, build, quantize
+from mpqdiff.recipe import by_student
 from mpqdiff.records import FLOAT_BITS
 
 BATCH = 64  # images followed at once
@@ -48,79 +47,16 @@ def at_steps(experiment: Experiment, config: Config, system: str, steps: int | N
     recipe = config.copy_and_resolve_references()
     recipe.plan.steps = ()
     recipe.diffusion.num_steps = config.diffusion.num_steps if steps is None else steps
-    if config.timesteps.name != "drift":
+    if not by_student(config):
         return planning.plan(experiment, recipe, system)
     recipe.timesteps.name = "uniform"  # the widths do not depend on which steps run
     solved = planning.plan(experiment, recipe, system)
-    kept = drift_steps(experiment, config, solved, recipe.diffusion.num_steps)
+    kept = student.steps(experiment, config, solved, recipe.diffusion.num_steps)
     return replace(
         solved,
         timesteps=tuple(int(t) for t in kept),
         groups=experiment.served(config, kept),
     )
-
-
-def student(experiment: Experiment, config: Config, plan: Plan) -> QuantizedModel:
-    """The integer model of `plan`, on the device."""
-    table = experiment.table(config, plan.a_bits)
-    flags = experiment.asymmetric(config)
-    tensors = quantize(
-        experiment.params, experiment.sites, plan, table, flags, clip=config.quantize.clip
-    )
-    return build(
-        experiment.denoise,
-        experiment.params,
-        experiment.sites,
-        plan,
-        tensors,
-        table,
-        backend=seconds.backends(experiment, config, plan),
-    )
-
-
-def drift_steps(experiment: Experiment, config: Config, plan: Plan, steps: int) -> np.ndarray:
-    """`steps` timesteps int32 [S], pruned from the whole schedule by the drift of `plan`'s student
-    from the float teacher, cached."""
-
-    def compute(folder):
-        model = student(experiment, config, plan)
-        noise, cond, _ = experiment.inputs(config.seed, 0, config.timesteps.samples)
-        follow = partial(
-            timesteps.drift.measure,
-            experiment.predicted(experiment.denoise),
-            experiment.params,
-            experiment.predicted(model.denoise),
-            model.params,
-            noise,
-            cond,
-            alphas_cumprod=experiment.abar,
-            reading=config.timesteps.drift,
-            clip=config.diffusion.clip,
-        )
-        drift = follow()
-        kept = timesteps.select(
-            experiment.abar,
-            steps,
-            "drift",
-            drift=drift,
-            tail=config.timesteps.tail,
-            remeasure=(lambda left: follow(timesteps=left)) if config.timesteps.every else None,
-            every=config.timesteps.every or 1,
-        )
-        save_arrays(folder / "drift.npz", {"timesteps": kept, "drift": drift})
-
-    key = {
-        "plan": plan.hash,
-        "record": experiment.statistics[0].name,
-        "conditions": experiment.conditions_hash,
-        "steps": steps,
-        "timesteps": config.timesteps.to_dict(),
-        "quantize": config.quantize.to_dict(),
-        "diffusion": config.diffusion.to_dict(),
-        "seed": config.seed,
-    }
-    folder = experiment.store.get("drift", version=VERSIONS["drift"], key=key, compute=compute)
-    return load_arrays(folder / "drift.npz")["timesteps"]
 
 
 def search(experiment: Experiment, config: Config, system: str) -> list[dict]:
@@ -158,7 +94,7 @@ def _point(experiment: Experiment, config: Config, system: str, steps: int, trut
         solved = at_steps(experiment, config, system, steps)
     except InfeasibleError as error:
         return {"steps": steps, "status": str(error), "predicted": None, "error": None}
-    model = student(experiment, config, solved)
+    model = student.model(experiment, config, solved)
     kept = np.asarray(solved.timesteps, np.int32)
     errors = x0_errors(sampled(experiment, config, model.denoise, model.params, kept), truth)
     interval = mean_interval(errors)

@@ -43,7 +43,7 @@ from mpqdiff.records import Statistics
 VERSIONS = {
     "calibrate": 1, "record": 4, "score": 3, "seconds": 2, "plan": 6, "sample": 2, "features": 2,
     "gram": 1, "decode": 1, "trajectory": 1, "downstream": 1, "manifold": 2,
-    "drift": 1, "joint": 1, "health": 1,
+    "student": 1, "steps": 1, "joint": 2, "health": 1,
 }  # fmt: skip
 
 
@@ -84,8 +84,8 @@ class Experiment:
         return self.steps(self.config)
 
     def steps(self, config: Config) -> np.ndarray:
-        """The kept timesteps of the recipe's sampler, int32 [S], descending; even ones where they
-        are pruned by a student, who comes later (`joint`)."""
+        """The kept timesteps of the recipe's sampler, int32 [S], descending: those of the teacher
+        alone, even ones where only a student, who comes later (`student`), can tell."""
         name = config.timesteps.name if config.timesteps.name != "drift" else "uniform"
         taken = timesteps.arguments(name)
         given = {key: config.timesteps[key] for key in config.timesteps if key in taken}

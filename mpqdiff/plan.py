@@ -190,7 +190,8 @@ def validate(plan: Plan, sites: Sequence[Site], model_hash: str) -> None:
         bits = plan.w_bits[site.path]
         if site.parameters and site.pin not in (None, bits):
             raise InputError(
-                f"site {site.path!r} has w_bits {bits} in the plan and is pinned at {site.pin}: "
+                f"site {site.path!r} has w_bits {bits} in the plan and is pinned at {site.pin}"
+                f"{' (float)' if site.pin == FLOAT_BITS else ''}: "
                 "change the plan, or the pins (config.plan.pins), which every arm shares"
             )
 

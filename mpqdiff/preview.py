@@ -11,8 +11,9 @@ from mpqdiff.config import for_arm
 from mpqdiff.costs import legal_choices, list_choices
 from mpqdiff.outcome import site_row
 from mpqdiff.program.configured import denoiser
-from mpqdiff.recipe import count_images
+from mpqdiff.recipe import by_student, count_images
 from mpqdiff.record import timesteps_per_chunk
+from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sensitivity.damage import evaluations
 
 
@@ -47,7 +48,7 @@ def text(config) -> str:
     offered = "/".join(map(str, config.plan.w_bits)) + ("/float" if config.plan.keep_float else "")
     lines = [str(config), f"{'site':<{width}}  kind       parameters        MACs  bits"]
     for row in rows:
-        choices = row["pinned"] or offered
+        choices = "float" if row["pinned"] == FLOAT_BITS else row["pinned"] or offered
         lines.append(
             f"{row['path']:<{width}}  {row['kind']:<9}  {row['parameters']:>10,}  "
             f"{row['macs']:>10,}  {choices if row['reason'] is None else 'float: ' + row['reason']}"
@@ -111,9 +112,9 @@ def step_calls(config) -> dict[str, int]:
         steps = recipe.plan.steps or (recipe.diffusion.num_steps,)
         if len(steps) > 1:
             rollouts += recipe.plan.rollout * (config.diffusion.num_steps + sum(steps))
-        if recipe.timesteps.name == "drift":
-            again = [(length - s) // recipe.timesteps.every if recipe.timesteps.every else 0
-                     for s in steps]  # fmt: skip
+        if by_student(recipe):
+            every_so = recipe.timesteps.every if recipe.timesteps.name == "drift" else 0
+            again = [(length - s) // every_so if every_so else 0 for s in steps]
             drifts += sum(2 * recipe.timesteps.samples * length * (1 + count) for count in again)
     taken = ("gram" in timesteps.arguments(each.timesteps.name) for each in every)
     counts = {

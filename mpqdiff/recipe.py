@@ -18,6 +18,7 @@ from mpqdiff.evaluate import features, statistics
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.backends import MEASURED, check_backend
 from mpqdiff.quantize.numerics import CLIPS, check_bits
+from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sensitivity import manifold_score, orthogonality, ranking
 from mpqdiff.timesteps import candidates, drift, edges
 
@@ -32,6 +33,13 @@ def count_images(config: Config, steps: int) -> int:
     limits = sorted(tuple(pair) for pair in config.sample.by_steps)
     fitting = [images for most, images in limits if steps <= most]
     return fitting[0] if fitting else config.sample.num_images
+
+
+def by_student(config: Config) -> bool:
+    """Whether the recipe's steps are selected by the student of its plan, when that is known."""
+    chosen = config.timesteps
+    asks = chosen.by_student and "student" in timesteps.arguments(chosen.name)
+    return asks or chosen.name == "drift"
 
 
 def check_features(config: Config, image_shape: tuple[int, ...]) -> None:
@@ -86,8 +94,10 @@ def check_names(config: Config) -> None:
             "config.plan.resource='seconds' with a ratio: seconds are bounded as they are; set "
             "config.plan.budget.seconds, or resource to another"
         )
-    for bits in (config.plan.ratio_bits, *(b for _, b in config.plan.pins)):
-        check_bits(bits)
+    check_bits(config.plan.ratio_bits)
+    for _, bits in config.plan.pins:
+        if bits != FLOAT_BITS:
+            check_bits(bits)
     d = config.diffusion
     abar = alphas_cumprod(d.schedule, d.num_timesteps, d.betas)
     for count in {d.num_steps, *config.plan.steps}:

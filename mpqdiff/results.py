@@ -6,7 +6,7 @@ from importlib import metadata
 import jax
 import numpy as np
 
-from mpqdiff import fidelity
+from mpqdiff import fidelity, seconds
 from mpqdiff.arms import Arm, time_arms
 from mpqdiff.artifacts import read_json, write_json
 from mpqdiff.costs.bitops import bitops
@@ -37,29 +37,39 @@ def environment() -> dict:
 
 
 def timed(arms: list[Arm]) -> list[dict]:
-    """`time_arms`, each arm's energy, and this device's fastest products ("ceilings"): measured
-    once per machine, versions and arms, so that a report does not change them."""
+    """`time_arms`, each arm's energy, this device's fastest products ("ceilings") and, where asked,
+    what the latency model expects ("predicted", seconds): measured once per machine, versions and
+    arms, so that a report does not change them."""
     experiment, rounds = arms[0].experiment, arms[0].config.evaluate.timing_rounds
-    batch_1 = arms[0].config.evaluate.batch_1
+    batch_1, predict = (arms[0].config.evaluate[key] for key in ("batch_1", "predict_ms"))
 
     def compute(folder):
+        expected = [_expected(arm) if predict else None for arm in arms]  # measures on its own
         times = time_arms(arms, rounds, batch_1=batch_1)
         ceilings = {kind: speed.ceiling(kind)._asdict() for kind in ("int8", "float32")}
         energies = [used_energy(arm)._asdict() for arm in arms]
-        rows = zip(times, energies, strict=True)
+        rows = zip(times, energies, expected, strict=True)
         write_json(
             folder / "times.json",
-            [{**taken, "energy": energy, "ceilings": ceilings} for taken, energy in rows],
+            [
+                {**taken, "energy": energy, "ceilings": ceilings, "predicted": own}
+                for taken, energy, own in rows
+            ],
         )
 
     key = {
         "arms": [arm.samples[0] for arm in arms],
         "rounds": rounds,
         "batch_1": batch_1,
+        "predict": predict,
         "environment": environment() | {"host": platform.node()},
     }
-    folder = experiment.store.get("time", version=2, key=key, compute=compute)
+    folder = experiment.store.get("time", version=3, key=key, compute=compute)
     return read_json(folder / "times.json")
+
+
+def _expected(arm: Arm) -> float:
+    return seconds.predicted(arm.experiment, arm.config, arm.plan, len(arm.timesteps))
 
 
 def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
@@ -93,6 +103,7 @@ def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
         ),
         "steps": len(arm.timesteps),
         "ms_per_image": _milliseconds(own, arm.batch),
+        "predicted_ms": None if times["predicted"] is None else 1e3 * times["predicted"],
         "ms_per_image_batch_1": _milliseconds(times["single"], 1),
         # Medians of ratios within a round: a drift of the machine's speed cancels.
         "speedup": float(np.median(np.array(base_times) / own)),

@@ -159,7 +159,8 @@ def _inner_jaxprs(params):
 
 
 def pin(sites: list[Site], pins) -> list[Site]:
-    """`sites` with `Site.pin` set from `pins`, pairs (regex on the whole path, bits).
+    """`sites` with `Site.pin` set from `pins`, pairs (regex on the whole path, bits; FLOAT_BITS
+    for float).
 
     Raises InputError for a pattern that matches no site or two pins that contradict.
     """

@@ -173,6 +173,18 @@ def test_several_budgets_are_rows_in_their_order():
     np.testing.assert_allclose(found.resources[1].sum(axis=0), [4, 4, 8, 8, 32])
 
 
+def test_a_pin_may_hold_a_site_in_float():
+    sites = _sites()
+    sites[1] = Site(**{**vars(sites[1]), "pin": 32, "tie": sites[0].tie})
+    choices, legal = legal_choices(sites, list_choices((4, 8), (8,)))
+    assert choices == [(4, 8), (8, 8), (32, 32)]
+    np.testing.assert_array_equal(
+        legal, [[True, True, False], [False, False, True], [True, True, False]]
+    )
+    found = _problem(sites=sites, budgets={"file_bytes": 1e9})
+    assert found.resources[0, 1, -1] >= 4 * sites[1].parameters
+
+
 def test_a_pin_leaves_one_choice_and_adds_its_width():
     sites = _sites()
     sites[1] = Site(**{**vars(sites[1]), "pin": 6, "tie": sites[0].tie})

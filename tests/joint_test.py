@@ -6,7 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from mpqdiff import arms, decisions, fidelity, joint, pipeline, planning, weights
+from mpqdiff import (
+    arms,
+    decisions,
+    fidelity,
+    joint,
+    pipeline,
+    planning,
+    student,
+    timesteps,
+    weights,
+)
 from mpqdiff import models as model_list
 from mpqdiff.config import base, smoke, validate
 from mpqdiff.errors import InputError
@@ -158,6 +168,38 @@ def test_drift_prunes_by_the_student_of_the_plan(experiment, config, every):
     assert plan.groups[-1][1] == 0
 
 
+@pytest.mark.parametrize("name", ["drift_edges", "shortest_path"])
+def test_edges_of_the_plans_own_student_choose_its_steps(experiment, config, name):
+    recipe = _recipe(config, timesteps__name=name, timesteps__by_student=True, plan__steps=(12,),
+                     plan__w_bits=(2,), plan__pins=())  # fmt: skip
+    recipe.plan.update(solver="uniform", ratio_bits=2, ratio=1.0)
+    plan = joint.plan(experiment, recipe, "test")
+    built = student.model(experiment, recipe, plan)
+    noise, cond, _ = experiment.inputs(recipe.seed, 0, recipe.timesteps.samples)
+    models = experiment.denoise, experiment.params, built.denoise, built.params
+    common = dict(alphas_cumprod=experiment.abar)
+    recorded = timesteps.gram.record_student(*models, noise, cond, **common)
+    costs = timesteps.edges.edge_costs(
+        timesteps.gram.record_gram(*models[:2], noise, cond, **common), student=recorded, **common
+    )
+    every = np.arange(40)[::-1]
+    if name == "shortest_path":
+        least = timesteps.shortest_path.front(costs, 12).cost[11]
+        own = timesteps.edges.path_cost(costs, plan.timesteps, every)
+        assert own == pytest.approx(least, rel=1e-4)  # near ties may fall either way
+    alone = joint.plan(experiment, _recipe(recipe, timesteps__by_student=False), "test")
+    assert alone.w_bits == plan.w_bits and alone.timesteps != plan.timesteps
+    cost = [timesteps.edges.path_cost(costs, p.timesteps, every) for p in (plan, alone)]
+    assert cost[0] < cost[1]
+    # Another number of steps is read off the same record; a float arm has no student.
+    before = len([entry for entry in experiment.store.log if entry["stage"] == "student"])
+    fewer = joint.plan(experiment, _recipe(recipe, plan__steps=(6,)), "test")
+    log = [entry["cached"] for entry in experiment.store.log if entry["stage"] == "student"]
+    assert len(fewer.timesteps) == 6 and log[before:] == [True]
+    at_12 = _recipe(recipe, diffusion__num_steps=12)
+    assert experiment.steps(at_12).tolist() == list(alone.timesteps)
+
+
 def test_a_tail_longer_than_the_steps_is_refused_before_any_work(config, tmp_path):
     recipe = _recipe(config, timesteps__name="drift", timesteps__tail=0.5, plan__steps=(12,))
     with pytest.raises(InputError, match=r"tail=0.5 and the first step protect 21 steps"):
@@ -258,8 +300,36 @@ def test_a_measured_back_end_is_the_quickest_of_each_site(experiment, config, mo
     expected = {4: "pallas_interpret", 8: "kernels"}
     assert found == {path: expected[bits] for path, bits in plan.w_bits.items() if bits}
     assert set(found.values()) == set(expected.values())
-    model = joint.student(experiment, recipe, plan)
+    model = student.model(experiment, recipe, plan)
     assert model.bytes == plan.predicted["bytes"]
+
+
+def test_predicted_seconds_are_those_of_the_planner(experiment, config, monkeypatch):
+    from mpqdiff import results, seconds
+    from mpqdiff.costs import latency, legality
+
+    def measure(operations):
+        def entry(operation):
+            rate = {name: 1e-6 * (i + 1) for i, name in enumerate(legality.executions(operation))}
+            return {name: latency.Timing(each, each, each) for name, each in rate.items()}
+
+        return latency.Latencies({}, {operation: entry(operation) for operation in operations})
+
+    fitted = seconds.Model(1e-3, 2.0, 1.0, np.zeros(1))
+    monkeypatch.setattr(latency, "measure", measure)
+    monkeypatch.setattr(seconds, "model", lambda *_: ("fit", fitted))
+    recipe = _recipe(config, plan__reduction__seconds=2.0, plan__steps=(8,), plan__keep_float=True)
+    plan = joint.plan(experiment, recipe, "test")
+    own = seconds.predicted(experiment, recipe, plan, 8)
+    assert own == pytest.approx(plan.predicted["seconds"])
+    whole = seconds.predicted(experiment, recipe, None, 20)
+    assert whole == pytest.approx(planning.float_total(experiment, "seconds"))
+    assert own < whole
+    asked = _recipe(config, evaluate__predict_ms=True, plan__steps=(8,))
+    other = pipeline.Experiment(asked, experiment.store.workdir)
+    found = arms.list_arms(other)
+    rows = results.assemble(found, results.timed(found), [{}, {}], {})["arms"]
+    assert rows[0]["predicted_ms"] == pytest.approx(1e3 * whole)
 
 
 def test_the_cost_preview_counts_the_steps_and_images_of_each_arm(config):
@@ -270,10 +340,12 @@ def test_the_cost_preview_counts_the_steps_and_images_of_each_arm(config):
     recipe.arms = {
         "fewer": {"float": True, "num_steps": 5, "timesteps": "shortest_path"},
         "drift": {"timesteps": "drift", "steps": (8,)},
+        "pruned": {"timesteps": "drift_edges", "by_student": True, "steps": (8,)},
+        "even": {"timesteps": "uniform", "by_student": True, "steps": (8,)},
     }
-    assert preview.sampled(recipe) == [(20, 6), (8, 10), (8, 10), (5, 10)]
+    assert preview.sampled(recipe) == [(20, 6), (8, 10), (8, 10), (8, 10), (5, 10), (8, 10)]
     counts = preview.step_calls(recipe)
-    assert counts == {"teacher": 5 * 40, "drift": 2 * 5 * 40, "steps": 16 * (20 + 8 + 4)}
+    assert counts == {"teacher": 5 * 40, "drift": 2 * 2 * 5 * 40, "steps": 16 * (20 + 8 + 4)}
     recipe.arms = {}
     recipe.plan.steps = ()
     assert preview.step_calls(recipe) == {}

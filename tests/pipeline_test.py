@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mpqdiff import arms, fidelity, pipeline, planning, weights
+from mpqdiff import arms, fidelity, pipeline, planning, preview, weights
 from mpqdiff import models as model_list
+from mpqdiff import plan as plans
 from mpqdiff.config import base, for_arm, smoke
 from mpqdiff.errors import InputError, VerificationError
 from mpqdiff.timesteps import edges
@@ -290,3 +291,20 @@ def test_an_unknown_reading_of_drift_is_refused(tmp_path):
     config = _config(timesteps__name="drift", timesteps__drift="x_0")
     with pytest.raises(InputError, match="unknown reading of drift 'x_0'; known: state"):
         pipeline.Experiment(config, tmp_path)
+
+
+def test_a_site_pinned_to_float_is_in_float_in_every_arm(tmp_path, weights_file):
+    config = _config(plan__pins=(("patch_embed", 32), ("final", 8)))
+    config.weights = weights_file
+    config.arms = {"uniform": {"solver": "uniform"}, "wide": {"w_bits": (8,), "ratio_bits": 8}}
+    found = arms.list_arms(pipeline.Experiment(config, tmp_path))
+    for arm in found[1:]:
+        assert arm.plan.w_bits["patch_embed"] is None and arm.plan.w_bits["final"] == 8
+        arm.verify()
+        assert arm.passed_bytes == arm.plan.predicted["bytes"]
+        changed = arm.plan.w_bits | {"patch_embed": 8}, arm.plan.a_bits | {"patch_embed": 8}
+        wrong = replace(arm.plan, w_bits=changed[0], a_bits=changed[1])
+        with pytest.raises(InputError, match=r"pinned at 32 \(float\)"):
+            plans.validate(wrong, arm.experiment.all_sites, arm.experiment.model_hash)
+    line = next(each for each in preview.text(config).split("\n") if each.startswith("patch_embed"))
+    assert line.endswith("float")

@@ -6,9 +6,10 @@
 The default keeps 50 exact steps in every arm, the float one too, so that the paired error is that
 of widths and activations alone, at 6.25x in the file: each signal of the combined score, the three
 readings of its PCA sensitivity, other scores and solvers, and activations without DAQ. `:steps`
-keeps the widths and changes how 150 of 1000 steps are chosen: tail lengths, drift measured again,
-the edges of the exact selector. `benchmarks/ranking.py` has the stability of the ranking. `:smoke`
-runs on random weights.
+keeps the widths and changes how 150 of 1000 steps are chosen: tail lengths, the teacher's edges
+alone, one number of drift for each step. `:input` leaves the first site, which reads the state
+itself, in float. `benchmarks/ranking.py` has the stability of the ranking. `:smoke` runs on random
+weights.
 """
 
 import runpy
@@ -20,15 +21,19 @@ SIGNALS = ("energy", "pca", "dimension", "growth")
 
 
 def get_config(arg: str = ""):
-    """`arg`: "", "steps", "seed1" (the second trained DiT) or "smoke"."""
-    if arg not in ("", "steps", "seed1", "smoke"):
-        raise ValueError(f"unknown argument {arg!r}; known: steps, seed1, smoke")
+    """`arg`: "", "steps", "input", "seed1" (the second trained DiT) or "smoke"."""
+    if arg not in ("", "steps", "input", "seed1", "smoke"):
+        raise ValueError(f"unknown argument {arg!r}; known: steps, input, seed1, smoke")
     common = runpy.run_path(str(Path(__file__).parents[1] / "diffpro.py"))
     config = common["method"]("fashion_dit_seed1" if arg == "seed1" else "fashion_dit")
     config.name = f"diffpro ablations {arg}".strip()
-    config.evaluate.health_images = 4
-    config.sample.update(num_images=1000, by_steps=())
+    config.evaluate.update(health_images=4, predict_ms=False)
+    config.sample.update(num_images=500, by_steps=())
     config.arms = _steps(config, common["EXACT"]) if arg == "steps" else _bits(config)
+    if arg == "input":
+        config.plan.pins = (("patch_embed", 32), ("final", 8))
+        kept = ("w8a8", "output_error", "uniform", "size_only")
+        config.arms = {name: config.arms[name] for name in kept}
     if arg == "smoke":
         config = smoke(config)
         config.plan.reduction.file_bytes = 2.5
@@ -40,7 +45,7 @@ def get_config(arg: str = ""):
 def _bits(config):
     config.diffusion.num_steps = 50
     config.plan.steps = ()
-    config.timesteps.update(name="shortest_path", tail=0.0)
+    config.timesteps.update(name="shortest_path", tail=0.0, by_student=False)
     arms = {
         f"signal_{name}": {"manifold": {"weights": tuple(float(i == k) for k in range(4))}}
         for i, name in enumerate(SIGNALS)
@@ -52,15 +57,19 @@ def _bits(config):
         arms[score] = {"score": score, "solver": "lp"}
     arms |= {f"daq_{mode}": {"mode": mode} for mode in ("static", "online", "ema")}
     arms["daq_5_groups"] = {"groups": 5}
+    eight = {"w_bits": (8,), "solver": "uniform", "ratio_bits": 8, "ratio": 1.0}
+    arms |= {"w8a8": eight, "w8a8_static": {**eight, "mode": "static"}}
+    arms["w8a8_online"] = {**eight, "mode": "online"}
     return arms | {name: {"solver": name} for name in ("uniform", "random", "size_only")}
 
 
 def _steps(config, exact):
     config.plan.steps = (150,)
-    config.sample.num_images = 500
     arms = {f"tail_{100 * tail:.0f}": {"tail": tail} for tail in (0.0, 0.05, 0.14)}
-    arms["edges"] = {"timesteps": "drift_edges"}
-    arms["edges_tail_0"] = {"timesteps": "drift_edges", "tail": 0.0}
-    arms |= {"exact": exact, "even": {"timesteps": "uniform"}}
+    arms["teacher"] = {"by_student": False}
+    arms["teacher_tail_0"] = {"by_student": False, "tail": 0.0}
+    arms["per_step_drift"] = {"timesteps": "drift"}
+    arms |= {"exact": exact, "exact_teacher": {**exact, "by_student": False}}
+    arms["even"] = {"timesteps": "uniform"}
     arms["quadratic"] = {"timesteps": "quadratic"}
     return arms | {name: {"solver": name} for name in ("uniform", "random", "size_only")}

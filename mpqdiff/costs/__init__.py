@@ -48,20 +48,25 @@ def widths(name: str, bits: Sequence[int]) -> tuple[int, ...]:
 def legal_choices(sites: Sequence[Site], choices: Sequence[Choice]) -> tuple[list, np.ndarray]:
     """(all choices with those of the pins, ascending; legal bool [L,K]).
 
-    A pinned site has its pin and the widest activation only. A product has no weights: of the
-    choices that differ in w_bits alone it has the widest.
+    A pinned site has its pin and the widest activation only, or float where the pin is FLOAT_BITS.
+    A product has no weights: of the choices that differ in w_bits alone it has the widest.
     """
     a_widest = max((a for _, a in choices if a != FLOAT_BITS), default=8)
     w_widest = max((w for w, _ in choices if w != FLOAT_BITS), default=8)
-    every = sorted(set(choices) | {(site.pin, a_widest) for site in sites if site.pin})
+    pinned = {bits: FLOAT if bits == FLOAT_BITS else (bits, a_widest) for bits in _pins(sites)}
+    every = sorted({*choices, *pinned.values()})
 
     def allowed(site: Site, choice: Choice) -> bool:
         if site.pin:
-            return choice == (site.pin, a_widest)
+            return choice == pinned[site.pin]
         whole = bool(site.parameters) or choice[0] in (w_widest, FLOAT_BITS)
         return choice in choices and whole
 
     return every, np.array([[allowed(site, choice) for choice in every] for site in sites])
+
+
+def _pins(sites: Sequence[Site]) -> set[int]:
+    return {site.pin for site in sites if site.pin}
 
 
 def table(

@@ -46,6 +46,8 @@ SPEED = (
     Column("ms_per_image.iqr", "IQR, ms", "interquartile range", short),
     Column("ms_per_image.n", "Runs", "timed repetitions", whole),
     Column("ms_per_image.batch", "Batch", "images per call", whole),
+    Column("predicted_ms", "Predicted, ms", "by the latency model, before the arms were timed",
+           short),
     Column("speedup_same_steps", "Speed-up, same steps", "against float32 at its own steps", times,
            +1),
     Column("speedup", "Speed-up", "against the first arm", times, +1),

@@ -3,8 +3,9 @@
 A selector takes (alphas_cumprod [F], num_steps) and what it needs by name, and returns int32 [S],
 descending, for any sampler of `SAMPLERS`. `drift` needs the `drift` that `drift.measure` measures
 between a student and its teacher, `drift_edges` and `shortest_path` the `gram` that
-`gram.record_gram` takes from one trajectory of the teacher. Both costs are about DDIM with eta 0:
-with DDPM, DPM-Solver or eta > 0 the steps that they select are a heuristic.
+`gram.record_gram` takes from one trajectory of the teacher; with the `student` of
+`gram.record_student` they select for that student. Both costs are about DDIM with eta 0: with DDPM,
+DPM-Solver or eta > 0 the steps that they select are a heuristic.
 """
 
 import inspect

@@ -26,6 +26,14 @@ s = 1 is the factor sqrt(abar_q), the error in x_q itself; s = inf leaves xbar a
 in x_0 were the network not to react. Costs add along a path: as errors in norm (`power` 1: no more
 than the triangle inequality) or in square (`power` 2: as if independent). Both, and s, are
 readings; the additive cost is a model of the error of x_0, not that error.
+
+A quantised student holds eps_p + delta_p instead, and its step is off by
+
+    e(p,q) - (sigma_p - sigma_q) delta_p,
+
+whose mean square needs E<eps_v, delta_p> and E |delta_p|^2 of the same trajectory (`StudentGram`).
+That is teacher-student drift in closed form: what a step costs for being long and for being held
+by a student who is off there. A step between neighbours then has a cost too.
 """
 
 import numpy as np
@@ -33,6 +41,7 @@ import numpy as np
 from mpqdiff.diffusion.steps import signals
 from mpqdiff.errors import InputError
 from mpqdiff.timesteps.candidates import candidates_of, positions_of
+from mpqdiff.timesteps.gram import StudentGram
 
 
 def check_reading(data_std: float, power: int) -> None:
@@ -42,25 +51,39 @@ def check_reading(data_std: float, power: int) -> None:
 
 
 def edge_costs(
-    gram, alphas_cumprod, *, candidates=None, data_std: float = 1.0, power: int = 1
+    gram,
+    alphas_cumprod,
+    *,
+    student: StudentGram | None = None,
+    candidates=None,
+    data_std: float = 1.0,
+    power: int = 1,
 ) -> np.ndarray:
     """cost[p, j] float64 [F',F']: eps of candidate p held up to candidate j, landing on j + 1.
 
-    gram [F',F'] of `record_gram` over `candidates` (default the whole schedule [F]). Root mean
-    square over samples and elements (`power` 1) or its square (2); 0 on the diagonal, inf below
-    it. Raises InputError on a Gram of another shape or not finite, data_std <= 0, another power,
-    and a schedule whose signal does not rise towards the clean end.
+    gram [F',F'] of `record_gram` over `candidates` (default the whole schedule [F]); `student` of
+    `record_student` over the same, for the eps of a student. Root mean square over samples and
+    elements (`power` 1) or its square (2); without a student 0 on the diagonal; inf below it.
+    Raises InputError on a Gram of another shape or not finite, data_std <= 0, another power, and a
+    schedule whose signal does not rise towards the clean end.
     """
     candidates = candidates_of(alphas_cumprod, candidates)
     _, abar, _ = signals(candidates, alphas_cumprod)
     gram = np.asarray(gram, np.float64)
-    if gram.shape != 2 * (len(candidates),):
-        raise InputError(f"got a Gram {gram.shape} for {len(candidates)} candidate steps")
-    if not np.isfinite(gram).all():
-        raise InputError("the Gram of eps holds NaN or infinity: the teacher's trajectory diverged")
+    for whose, held in (("teacher", gram), ("student", gram if student is None else student.cross)):
+        if held.shape != 2 * (len(candidates),):
+            raise InputError(f"got a Gram {held.shape} for {len(candidates)} candidate steps")
+        if not np.isfinite(held).all():
+            raise InputError(
+                f"the Gram of eps holds NaN or infinity: the {whose}'s trajectory diverged"
+            )
     check_reading(data_std, power)
     sigma = np.append(np.sqrt((1.0 - abar) / abar), 0.0)
-    square = _square_errors(gram, sigma) / (1.0 + (sigma[1:] / data_std) ** 2)
+    square = _square_errors(gram, sigma)
+    if student is not None:
+        # Rounding may leave a vanishing edge below 0.
+        square = np.maximum(square + _student_errors(student, sigma), 0.0)
+    square = square / (1.0 + (sigma[1:] / data_std) ** 2)
     held = np.tri(len(gram), dtype=bool).T
     return np.where(held, np.sqrt(square) if power == 1 else square, np.inf)
 
@@ -76,6 +99,15 @@ def _square_errors(gram: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     after = np.cumsum(terms[:0:-1], axis=0)[::-1]
     # Rounding may leave a vanishing edge below 0.
     return np.maximum(np.append(after, np.zeros((1, len(gram))), axis=0), 0.0)
+
+
+def _student_errors(student: StudentGram, sigma: np.ndarray) -> np.ndarray:
+    """What delta_p adds to E |e(p, j+1)|^2, [F,F]; of no meaning below the diagonal."""
+    span = sigma[:-1, None] - sigma[None, 1:]
+    cross = np.asarray(student.cross, np.float64).T  # [p,v]
+    moved = np.triu(cross - np.diag(cross)[:, None], 1)
+    along = np.cumsum(moved * (sigma[:-1] - sigma[1:]), axis=1)  # E<e(p, j+1), delta_p>
+    return span * (span * np.asarray(student.square, np.float64)[:, None] - 2.0 * along)
 
 
 def path_cost(costs: np.ndarray, timesteps, candidates) -> float:

@@ -3,10 +3,12 @@
     K_pq = mean over samples and elements of eps_p eps_q
 
 with eps_p what DDIM over all candidates uses at the p-th of them (`effective_eps`). It is all that
-the edge costs (`edges`) need of the network: F evaluations per sample, once, for every S.
+the edge costs (`edges`) need of the network: F evaluations per sample, once, for every S. What a
+quantised student adds to the costs needs two more sums of the same trajectory (`StudentGram`).
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +25,28 @@ from mpqdiff.timesteps.trajectory import advance, effective_eps
 SLICE = 4096
 
 
-@partial(jax.jit, static_argnames=("denoise", "clip"))
-def _follow(denoise: Denoise, params, x_T, cond, steps, *, clip: bool):
-    """eps [F,n,...] of DDIM from x_T over `steps` = (t, abar_t, abar_s), each [F]."""
+class StudentGram(NamedTuple):
+    """How a student's eps is off, delta_p = eps_p^student - eps_p, at the teacher's states.
+
+    Both are means over samples and elements, in sampling order.
+    """
+
+    cross: np.ndarray  # float64 [F,F]: of eps_v delta_p
+    square: np.ndarray  # float64 [F]: of delta_p^2
+
+
+@partial(jax.jit, static_argnames=("models", "clip"))
+def _follow(models: tuple[Denoise, ...], params, x_T, cond, steps, *, clip: bool):
+    """eps of each of `models` with its `params` at the states of the first, all [F,n,...]: DDIM
+    from x_T over `steps` = (t, abar_t, abar_s), each [F]."""
 
     def step(x_t, at):
         t, abar_t, abar_s = at
-        eps = effective_eps(denoise, params, x_t, t, cond, abar_t, clip=clip)
-        return advance(x_t, eps, abar_t, abar_s), eps
+        found = [
+            effective_eps(model, own, x_t, t, cond, abar_t, clip=clip)
+            for model, own in zip(models, params, strict=True)
+        ]
+        return advance(x_t, found[0], abar_t, abar_s), found
 
     return jax.lax.scan(step, x_T, steps)[1]
 
@@ -60,6 +76,50 @@ def record_gram(
     naming the timestep where eps is not finite.
     """
     candidates = candidates_of(alphas_cumprod, candidates)
+
+    def reduce(teacher):
+        _check_finite("the teacher's", teacher, candidates, "the weights, the schedule and x_T")
+        return {"gram": _products(teacher, teacher)}
+
+    run = partial(_follow, (denoise,), (params,), clip=clip)
+    steps = alphas_cumprod, candidates
+    return _mean(run, 1, x_T, cond, *steps, reduce, memory_gb, chunks)["gram"]
+
+
+def record_student(
+    denoise: Denoise,
+    params,
+    student: Denoise,
+    student_params,
+    x_T,
+    cond,
+    *,
+    alphas_cumprod,
+    candidates=None,
+    clip: bool = True,
+    memory_gb: float = 1.0,
+    chunks=lambda count, compute: [compute(i) for i in range(count)],
+) -> StudentGram:
+    """Of the teacher `denoise` and a `student` asked at its states; arguments as `record_gram`.
+
+    Raises InputError as that does; where the student's eps is not finite: it diverged.
+    """
+    candidates = candidates_of(alphas_cumprod, candidates)
+
+    def reduce(teacher, other):
+        _check_finite("the teacher's", teacher, candidates, "the weights, the schedule and x_T")
+        _check_finite("the student's", other, candidates, "its widths and activation scales")
+        off = other.astype(np.float64) - teacher
+        return {"cross": _products(teacher, off), "square": np.square(off).sum(axis=1)}
+
+    run = partial(_follow, (denoise, student), (params, student_params), clip=clip)
+    steps = alphas_cumprod, candidates
+    return StudentGram(**_mean(run, 2, x_T, cond, *steps, reduce, memory_gb, chunks))
+
+
+def _mean(run, models: int, x_T, cond, alphas_cumprod, candidates, reduce, memory_gb, chunks):
+    """Means over samples and elements of the sums that `reduce(eps, ...)` takes of each chunk, eps
+    [F,n elements] of each of `models` that `run` follows."""
     steps = tuple(
         jnp.asarray(each, dtype)
         for each, dtype in zip(
@@ -69,31 +129,33 @@ def record_gram(
     total = len(x_T)
     if not total:
         raise InputError("x_T holds no samples: a Gram needs at least one")
-    count = -(-total // samples_per_chunk(len(candidates), x_T[0].size, memory_gb))
-    size = -(-total // count)
+    held = samples_per_chunk(models * len(candidates), x_T[0].size, memory_gb)
+    size = -(-total // -(-total // held))
 
     def compute(index):
         # The last chunk is padded by repetition, so that every chunk has the compiled shape.
         rows = np.minimum(np.arange(index * size, (index + 1) * size), total - 1)
         taken = jax.tree.map(lambda each: each[rows], (x_T, cond))
-        eps = np.asarray(_follow(denoise, params, *taken, steps, clip=clip))
-        return {"gram": _products(eps[:, : total - index * size], candidates)}
+        every = [np.asarray(eps)[:, : total - index * size] for eps in run(*taken, steps)]
+        return reduce(*(eps.reshape(len(eps), -1) for eps in every))
 
     parts = chunks(-(-total // size), compute)
-    return sum(part["gram"] for part in parts) / x_T.size
+    return {name: sum(part[name] for part in parts) / x_T.size for name in parts[0]}
 
 
-def _products(eps: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """eps [F,n,...] -> sum of eps_p eps_q over samples and elements, float64 [F,F]."""
-    rows = eps.reshape(len(eps), -1)
+def _check_finite(whose: str, rows: np.ndarray, candidates: np.ndarray, advice: str) -> None:
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
         raise InputError(
-            f"the teacher's eps is not finite from timestep {candidates[finite.argmin()]} on: "
-            "check the weights, the schedule and x_T"
+            f"{whose} eps is not finite from timestep {candidates[finite.argmin()]} on: check "
+            f"{advice}"
         )
-    gram = np.zeros((len(rows), len(rows)))
-    for start in range(0, rows.shape[1], SLICE):
-        part = rows[:, start : start + SLICE].astype(np.float64)
-        gram += part @ part.T
-    return gram
+
+
+def _products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[F,D], [F,D] -> sum of left_p right_q, float64 [F,F]."""
+    found = np.zeros((len(left), len(right)))
+    for start in range(0, left.shape[1], SLICE):
+        a, b = (each[:, start : start + SLICE].astype(np.float64) for each in (left, right))
+        found += a @ b.T
+    return found

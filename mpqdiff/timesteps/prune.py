@@ -6,8 +6,8 @@ Two readings, each as a function:
 `by_drift` knows one number per step. The step of least drift goes; with `carry` its drift is added
 to the step before it, whose eps now serves in its place, so that no long stretch is emptied.
 
-`by_edges` knows what a removal really adds, from the teacher alone and in closed form: in a list
-with neighbours p and n of v, cost(p,n) - cost(p,v) - cost(v,n), of the `edges`.
+`by_edges` knows what a removal really adds, in closed form: in a list with neighbours p and n of v,
+cost(p,n) - cost(p,v) - cost(v,n), of the `edges` of the teacher, or of its student.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from mpqdiff.errors import InputError
 from mpqdiff.timesteps.candidates import candidates_of, check_count, protected
 from mpqdiff.timesteps.drift import check_drift
 from mpqdiff.timesteps.edges import edge_costs
+from mpqdiff.timesteps.gram import StudentGram
 
 
 def by_drift(
@@ -61,6 +62,7 @@ def by_edges(
     num_steps: int,
     *,
     gram,
+    student: StudentGram | None = None,
     candidates=None,
     tail: float = 0.1,
     data_std: float = 1.0,
@@ -70,7 +72,8 @@ def by_edges(
     steps = candidates_of(alphas_cumprod, candidates)
     keep = protected(steps, len(alphas_cumprod), tail)
     check_count(num_steps, keep, tail)
-    costs = edge_costs(gram, alphas_cumprod, candidates=candidates, data_std=data_std, power=power)
+    readings = {"student": student, "candidates": candidates, "data_std": data_std, "power": power}
+    costs = edge_costs(gram, alphas_cumprod, **readings)
     return steps[_least_increase(costs, num_steps, keep)]
 
 

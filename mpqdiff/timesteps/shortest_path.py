@@ -21,6 +21,7 @@ import numpy as np
 from mpqdiff.errors import InputError
 from mpqdiff.timesteps.candidates import candidates_of, check_count, protected
 from mpqdiff.timesteps.edges import edge_costs, forbid_skipping
+from mpqdiff.timesteps.gram import StudentGram
 
 
 class Front(NamedTuple):
@@ -87,6 +88,7 @@ def select(
     num_steps: int,
     *,
     gram,
+    student: StudentGram | None = None,
     candidates=None,
     tail: float = 0.0,
     data_std: float = 1.0,
@@ -94,12 +96,13 @@ def select(
 ) -> np.ndarray:
     """The `num_steps` timesteps of least cost, int32 [S], descending, the first candidate kept.
 
-    gram [F',F'] of `record_gram` over `candidates` (default the whole schedule [F]); `data_std`
-    and `power` as in `edge_costs`, `tail` as in `protected`. Raises InputError as these do, on
-    more steps than candidates and on a tail that protects more than `num_steps`.
+    gram [F',F'] of `record_gram` over `candidates` (default the whole schedule [F]); `student`,
+    `data_std` and `power` as in `edge_costs`, `tail` as in `protected`. Raises InputError as these
+    do, on more steps than candidates and on a tail that protects more than `num_steps`.
     """
     steps = candidates_of(alphas_cumprod, candidates)
     keep = protected(steps, len(alphas_cumprod), tail)
     check_count(num_steps, keep, tail)
-    costs = edge_costs(gram, alphas_cumprod, candidates=candidates, data_std=data_std, power=power)
+    readings = {"student": student, "candidates": candidates, "data_std": data_std, "power": power}
+    costs = edge_costs(gram, alphas_cumprod, **readings)
     return steps[positions(front(forbid_skipping(costs, keep), num_steps), num_steps)]

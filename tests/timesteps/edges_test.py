@@ -10,12 +10,13 @@ from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
 from mpqdiff.timesteps.candidates import candidates_of
 from mpqdiff.timesteps.edges import edge_costs, forbid_skipping, path_cost
-from mpqdiff.timesteps.gram import record_gram
+from mpqdiff.timesteps.gram import StudentGram, record_gram, record_student
 from mpqdiff.timesteps.trajectory import effective_eps
 
 
-def stepped_error(eps, abar, p: int, q: int):
-    """x_q of the teacher less x_q of one DDIM step from its state at p, by stepping; eps [F,D]."""
+def stepped_error(eps, abar, p: int, q: int, held=None):
+    """x_q of the teacher less x_q of one DDIM step from its state at p with `held` [D] (default the
+    teacher's eps there), by stepping; eps [F,D]."""
 
     def step(x, eps, at, to):
         x_0 = (x - np.sqrt(1 - at) * eps) / np.sqrt(at)
@@ -25,7 +26,7 @@ def stepped_error(eps, abar, p: int, q: int):
     begin = x = np.random.default_rng(0).normal(size=eps.shape[1])
     for v in range(p, q):
         x = step(x, eps[v], signal[v], signal[v + 1])
-    return x - step(begin, eps[p], signal[p], signal[q])
+    return x - step(begin, eps[p] if held is None else held, signal[p], signal[q])
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
@@ -49,6 +50,57 @@ def test_closed_form_equals_the_step_against_the_teachers_steps(wandering_gram, 
             np.testing.assert_allclose(in_x_0[p, q - 1], xbar, rtol=1e-9, atol=1e-10)
             shrink = np.sqrt(1 + (1 - signal[q]) / signal[q] / 0.3**2)
             np.testing.assert_allclose(narrow[p, q - 1], xbar / shrink, **tight)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_a_students_edges_equal_its_step_against_the_teachers_steps(
+    wandering_gram, schedule, length
+):
+    abar = alphas_cumprod(schedule, length).astype(np.float64)
+    gram, eps = wandering_gram(length, length)
+    rng = np.random.default_rng(7)
+    off = 0.2 * rng.normal(size=eps.shape) + 0.1 * eps
+    student = StudentGram(eps @ off.T / eps.shape[1], np.square(off).mean(axis=1))
+    cost = edge_costs(gram, abar, student=student)
+    for p in range(length):
+        assert np.isinf(cost[p, :p]).all()
+        for q in range(p + 1, length + 1):
+            error = stepped_error(eps, abar[::-1], p, q, eps[p] + off[p])
+            np.testing.assert_allclose(
+                cost[p, q - 1], np.sqrt(np.mean(error**2)), rtol=1e-8, atol=1e-12
+            )
+
+
+def test_a_student_is_asked_at_the_teachers_states(make_mixture):
+    denoise, abar = make_mixture(20)
+    x_T = jax.random.normal(jax.random.key(0), (7, 1, 1, 8))
+    cond = jnp.arange(7.0)
+
+    def pulled(params, x_t, t, cond):
+        out = denoise(params, x_t, t, None)
+        return out._replace(eps=out.eps + 0.1 * jnp.tanh(cond[:, None, None, None] * x_t))
+
+    ask = dict(alphas_cumprod=abar, clip=False)
+    found = record_student(denoise, 1.0, pulled, 0.9, x_T, cond, **ask)
+    every = candidates_of(abar)
+    x_ts = ddim(denoise, 1.0, x_T, None, timesteps=every, trajectory=True, **ask)[1]
+    pairs = [
+        [model(p, x, t, cond).eps for model, p in ((denoise, 1.0), (pulled, 0.9))]
+        for x, t in zip(x_ts, every, strict=True)
+    ]
+    teacher, other = np.asarray(pairs, np.float64).reshape(20, 2, -1).swapaxes(0, 1)
+    off = other - teacher
+    np.testing.assert_allclose(found.cross, teacher @ off.T / off.shape[1], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.square, np.square(off).mean(axis=1), rtol=1e-4)
+    some = record_student(
+        denoise, 1.0, pulled, 0.9, x_T, cond, memory_gb=2 * 3 * 4 * 20 * 8 / 2**30, **ask
+    )
+    np.testing.assert_allclose(some.cross, found.cross, rtol=1e-6, atol=1e-9)
+    # The teacher is no student of its own: nothing is added.
+    gram = record_gram(denoise, 1.0, x_T, cond, **ask)
+    same = record_student(denoise, 1.0, denoise, 1.0, x_T, cond, **ask)
+    np.testing.assert_array_equal(edge_costs(gram, abar, student=same), edge_costs(gram, abar))
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -149,5 +201,12 @@ def test_bad_input(make_mixture, wandering_gram):
         out = denoise(params, x_t, t, cond)
         return out._replace(eps=jnp.where(t == 3, jnp.nan, out.eps))
 
-    with pytest.raises(InputError, match="from timestep 3 on"):
+    with pytest.raises(InputError, match="the teacher's eps is not finite from timestep 3 on"):
         record_gram(broken, 1.0, x_T, None, alphas_cumprod=abar)
+    with pytest.raises(InputError, match="the student's eps is not finite from timestep 3 on"):
+        record_student(denoise, 1.0, broken, 1.0, x_T, None, alphas_cumprod=abar)
+    student = StudentGram(np.full((6, 6), np.nan), np.ones(6))
+    with pytest.raises(InputError, match="the student's trajectory diverged"):
+        edge_costs(gram, abar, student=student)
+    with pytest.raises(InputError, match=r"Gram \(5, 5\) for 6"):
+        edge_costs(gram, abar, student=StudentGram(np.ones((5, 5)), np.ones(5)))

@@ -9,6 +9,7 @@ from mpqdiff.diffusion.schedule import alphas_cumprod
 from mpqdiff.errors import InputError
 from mpqdiff.timesteps.candidates import candidates_of
 from mpqdiff.timesteps.edges import edge_costs, path_cost
+from mpqdiff.timesteps.gram import StudentGram
 from mpqdiff.timesteps.prune import by_drift, by_edges
 
 ABAR = alphas_cumprod("linear", 10)
@@ -62,19 +63,22 @@ def test_the_student_is_measured_again_on_what_is_left():
 
 
 @settings(max_examples=30, deadline=None)
-@given(SEEDS, st.sampled_from([0.0, 0.15]), st.sampled_from([1, 2]))
-def test_each_removal_adds_the_least_to_the_whole_path(seed, tail, power):
+@given(SEEDS, st.sampled_from([0.0, 0.15]), st.sampled_from([1, 2]), st.booleans())
+def test_each_removal_adds_the_least_to_the_whole_path(seed, tail, power, asked):
     length = 14
     abar, rng = alphas_cumprod("linear", length), np.random.default_rng(seed)
     moves = np.cumsum(rng.normal(size=(length, 6)), axis=0)
     gram = moves @ moves.T / 6
-    costs, every = edge_costs(gram, abar, power=power), candidates_of(abar)
+    off = rng.normal(size=moves.shape)
+    student = StudentGram(moves @ off.T / 6, np.square(off).mean(axis=1)) if asked else None
+    readings = {"student": student, "power": power}
+    costs, every = edge_costs(gram, abar, **readings), candidates_of(abar)
     left = every.tolist()
     for num_steps in range(length - 1, 3, -1):
         free = [t for t in left[1:] if t >= tail * length]
         rest = [[t for t in left if t != gone] for gone in free]
         after = [path_cost(costs, each, every) for each in rest]
-        steps = by_edges(abar, num_steps, gram=gram, tail=tail, power=power).tolist()
+        steps = by_edges(abar, num_steps, gram=gram, tail=tail, **readings).tolist()
         assert path_cost(costs, steps, every) == pytest.approx(min(after), rel=1e-9)
         left = steps
 

@@ -362,7 +362,8 @@ def _check_pins(pins) -> None:
                 raise TypeError(f"{bits!r} bits")
         except (TypeError, ValueError, re.error) as error:
             raise InputError(
-                f"config.plan.pins has {pin!r} ({error}): expected pairs (regex of paths, bits)"
+                f"config.plan.pins has {pin!r} ({error}): expected pairs (regex of paths, "
+                "bits; 32 is float)"
             ) from error
 
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from mpqdiff import planning, scoring, student
-from mpqdiff.artifacts import read_json, write_json
+from mpqdiff import planning, student
+from mpqdiff.artifacts import load_arrays, read_json, save_arrays, write_json
 from mpqdiff.config import Config
 from mpqdiff.errors import InfeasibleError, InputError
 from mpqdiff.evaluate.intervals import mean_interval
@@ -49,7 +49,7 @@ def at_steps(experiment: Experiment, config: Config, system: str, steps: int | N
     recipe.diffusion.num_steps = config.diffusion.num_steps if steps is None else steps
     if not by_student(config):
         return planning.plan(experiment, recipe, system)
-    recipe.timesteps.name = "uniform"  # the widths do not depend on which steps run
+    recipe.timesteps.name = "uniform"  # widths come first; a score that samples takes even steps
     solved = planning.plan(experiment, recipe, system)
     kept = student.steps(experiment, config, solved, recipe.diffusion.num_steps)
     return replace(
@@ -60,44 +60,50 @@ def at_steps(experiment: Experiment, config: Config, system: str, steps: int | N
 
 
 def search(experiment: Experiment, config: Config, system: str) -> list[dict]:
-    """One point per S of `plan.steps`, descending, cached: steps, timesteps, status, predicted,
-    error (mean, ends and, of each image, values), relative (error over the mean square of x_0)."""
-    name = experiment.statistics[0].name
+    """One point per S of `plan.steps`, descending, each cached: steps, timesteps, status,
+    predicted, error (mean, ends and, of each image, values), relative (error over the mean square
+    of x_0)."""
+    counts = sorted(set(config.plan.steps), reverse=True)
+    return [_point(experiment, config, system, steps) for steps in counts]
+
+
+def _truth(experiment: Experiment, config: Config) -> np.ndarray:
+    """x_0 [n,H,W,C] of arm 0, which every recipe's points are measured against, cached."""
 
     def compute(folder):
-        truth = sampled(experiment, config, experiment.denoise, experiment.params, None)
-        points = [
-            _point(experiment, config, system, steps, truth)
-            for steps in sorted(set(config.plan.steps), reverse=True)
-        ]
-        write_json(folder / "points.json", points)
+        x_0 = sampled(experiment, config, experiment.denoise, experiment.params, None)
+        save_arrays(folder / "x_0.npz", {"x_0": x_0})
 
-    key = {
-        "record": name,
-        # What the plans were solved from: it depends on the other recipes' choices too.
-        "score": scoring.scores(experiment, config)[0],
-        "seconds": planning.timing(experiment, config),
-        "config": {
-            part: config[part].to_dict()
-            for part in ("score", "aggregate", "plan", "quantize", "timesteps", "diffusion")
-        },
-        "conditions": experiment.conditions_hash,
-        "seed": config.seed,
-        "system": system,
-    }
-    folder = experiment.store.get("joint", version=VERSIONS["joint"], key=key, compute=compute)
-    return read_json(folder / "points.json")
+    key = {**experiment.key, "count": config.plan.rollout, "seed": config.seed}
+    folder = experiment.store.get("rollout", version=VERSIONS["rollout"], key=key, compute=compute)
+    return load_arrays(folder / "x_0.npz")["x_0"]
 
 
-def _point(experiment: Experiment, config: Config, system: str, steps: int, truth) -> dict:
+def _point(experiment: Experiment, config: Config, system: str, steps: int) -> dict:
     try:
         solved = at_steps(experiment, config, system, steps)
     except InfeasibleError as error:
         return {"steps": steps, "status": str(error), "predicted": None, "error": None}
-    model = student.model(experiment, config, solved)
     kept = np.asarray(solved.timesteps, np.int32)
-    errors = x0_errors(sampled(experiment, config, model.denoise, model.params, kept), truth)
-    interval = mean_interval(errors)
+
+    def compute(folder):
+        truth = _truth(experiment, config)
+        model = student.model(experiment, config, solved)
+        errors = x0_errors(sampled(experiment, config, model.denoise, model.params, kept), truth)
+        size = float(np.mean(np.square(truth, dtype=np.float64)))
+        write_json(folder / "point.json", {"values": errors.tolist(), "size": size})
+
+    key = {
+        **experiment.key,
+        "plan": solved.hash,
+        "record": experiment.statistics[0].name,
+        "quantize": config.quantize.to_dict(),
+        "count": config.plan.rollout,
+        "seed": config.seed,
+    }
+    folder = experiment.store.get("joint", version=VERSIONS["joint"], key=key, compute=compute)
+    found = read_json(folder / "point.json")
+    interval = mean_interval(np.asarray(found["values"]))
     return {
         "steps": steps,
         "status": "feasible",
@@ -106,8 +112,8 @@ def _point(experiment: Experiment, config: Config, system: str, steps: int, trut
         "w_bits": _mean_bits(experiment, solved),
         "error": interval.value,
         "error_ci": [interval.low, interval.high],
-        "relative": interval.value / float(np.mean(np.square(truth, dtype=np.float64))),
-        "values": errors.tolist(),
+        "relative": interval.value / found["size"],
+        "values": found["values"],
     }
 
 

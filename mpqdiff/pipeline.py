@@ -43,7 +43,7 @@ from mpqdiff.records import Statistics
 VERSIONS = {
     "calibrate": 1, "record": 4, "score": 3, "seconds": 2, "plan": 6, "sample": 2, "features": 2,
     "gram": 1, "decode": 1, "trajectory": 1, "downstream": 1, "manifold": 2,
-    "student": 1, "steps": 1, "joint": 2, "health": 1,
+    "drift": 2, "student": 2, "steps": 1, "rollout": 1, "joint": 2, "health": 1,
 }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ class Experiment:
         return run
 
     @cached_property
-    def _key(self) -> dict:
+    def key(self) -> dict:
         """What every stage depends on: model, conditions, diffusion settings, arm 0's timesteps."""
         return {
             "model": self.model_hash,
@@ -224,7 +224,7 @@ class Experiment:
             )
 
         key = {
-            **self._key,
+            **self.key,
             "samples": c.samples,
             "recorded": c.timesteps,
             "seed": self.config.seed,

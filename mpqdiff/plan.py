@@ -188,7 +188,8 @@ def validate(plan: Plan, sites: Sequence[Site], model_hash: str) -> None:
         )
     for site in plan.integer(sites):
         bits = plan.w_bits[site.path]
-        if site.parameters and site.pin not in (None, bits):
+        decided = site.parameters or site.pin == FLOAT_BITS
+        if decided and site.pin not in (None, bits):
             raise InputError(
                 f"site {site.path!r} has w_bits {bits} in the plan and is pinned at {site.pin}"
                 f"{' (float)' if site.pin == FLOAT_BITS else ''}: "

@@ -214,6 +214,7 @@ def plan(experiment: Experiment, config: Config, system: str) -> Plan:
         "seed": config.seed,
         "system": system,
         "seconds": timing(experiment, config),
+        "batch": seconds.batch(config),  # joules share a weight's reading among so many images
     }
 
     def compute(folder):

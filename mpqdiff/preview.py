@@ -103,7 +103,7 @@ def sampled(config) -> list[tuple[int, int]]:
 
 def step_calls(config) -> dict[str, int]:
     """Evaluations that choosing timesteps and their number takes; what takes none is left out."""
-    length, rollouts, drifts = config.diffusion.num_timesteps, 0, 0
+    length, rollouts, students = config.diffusion.num_timesteps, 0, 0
     every = pipeline.recipes(config)
     floats = [False, *(bool(changes.get("float")) for changes in config.arms.values())]
     for recipe, is_float in zip(every, floats, strict=True):
@@ -111,15 +111,16 @@ def step_calls(config) -> dict[str, int]:
             continue
         steps = recipe.plan.steps or (recipe.diffusion.num_steps,)
         if len(steps) > 1:
-            rollouts += recipe.plan.rollout * (config.diffusion.num_steps + sum(steps))
+            truth = 0 if rollouts else config.diffusion.num_steps  # of arm 0, for all of them
+            rollouts += recipe.plan.rollout * (truth + sum(steps))
         if by_student(recipe):
             every_so = recipe.timesteps.every if recipe.timesteps.name == "drift" else 0
-            again = [(length - s) // every_so if every_so else 0 for s in steps]
-            drifts += sum(2 * recipe.timesteps.samples * length * (1 + count) for count in again)
+            again = sum((length - s) // every_so if every_so else 0 for s in steps)
+            students += 2 * recipe.timesteps.samples * length * (1 + again)
     taken = ("gram" in timesteps.arguments(each.timesteps.name) for each in every)
     counts = {
         "teacher": config.timesteps.samples * length if any(taken) else 0,
-        "drift": drifts,
+        "student": students,
         "steps": rollouts,
     }
     return {name: count for name, count in counts.items() if count}

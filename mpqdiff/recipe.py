@@ -17,7 +17,7 @@ from mpqdiff.errors import InputError, unknown_name
 from mpqdiff.evaluate import features, statistics
 from mpqdiff.quantize import activations
 from mpqdiff.quantize.backends import MEASURED, check_backend
-from mpqdiff.quantize.numerics import CLIPS, check_bits
+from mpqdiff.quantize.numerics import BITS, CLIPS, check_bits
 from mpqdiff.records import FLOAT_BITS
 from mpqdiff.sensitivity import manifold_score, orthogonality, ranking
 from mpqdiff.timesteps import candidates, drift, edges
@@ -95,9 +95,12 @@ def check_names(config: Config) -> None:
             "config.plan.budget.seconds, or resource to another"
         )
     check_bits(config.plan.ratio_bits)
-    for _, bits in config.plan.pins:
-        if bits != FLOAT_BITS:
-            check_bits(bits)
+    for pattern, bits in config.plan.pins:
+        if bits not in (*BITS, FLOAT_BITS):
+            raise InputError(
+                f"config.plan.pins holds {pattern!r} at width {bits}: expected 2 to 8 bits, or "
+                f"{FLOAT_BITS} for float"
+            )
     d = config.diffusion
     abar = alphas_cumprod(d.schedule, d.num_timesteps, d.betas)
     for count in {d.num_steps, *config.plan.steps}:

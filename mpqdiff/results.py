@@ -68,7 +68,7 @@ def timed(arms: list[Arm]) -> list[dict]:
     return read_json(folder / "times.json")
 
 
-def _expected(arm: Arm) -> float:
+def _expected(arm: Arm) -> float | None:
     return seconds.predicted(arm.experiment, arm.config, arm.plan, len(arm.timesteps))
 
 

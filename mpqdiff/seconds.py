@@ -141,27 +141,31 @@ def backends(experiment: Experiment, config: Config, plan: Plan) -> str | dict[s
     return chosen
 
 
-def predicted(experiment: Experiment, config: Config, plan: Plan | None, steps: int) -> float:
-    """Seconds per image that the model expects of `plan` (None: float32) in `steps` steps."""
-    fitted, found = model(experiment, config)[1], operations(experiment, config)
+def per_image(
+    experiment: Experiment, config: Config, choices, *, steps: int | None = None
+) -> tuple[np.ndarray, float]:
+    """(seconds of every choice per image, float64 [L,K]; what no choice changes), in `steps` steps,
+    default the recipe's own."""
+    fitted = model(experiment, config)[1]
+    found = operations(experiment, config)
+    table = latency.table(latency.measure(found.values()), found, choices)
+    calls = (config.diffusion.num_steps if steps is None else steps) / batch(config)
+    return calls * fitted.beta * table, calls * fitted.alpha
+
+
+def predicted(experiment: Experiment, config: Config, plan: Plan | None, steps: int):
+    """Seconds per image that the model expects of `plan` (None: float32) in `steps` steps; None
+    under AQT, whose products are not those of the table."""
+    if plan and config.quantize.backend == "aqt":
+        return None
     integer = {site.path for site in plan.integer(experiment.sites)} if plan else set()
     chosen = [
-        ((plan.w_bits[site.path] or 8) if site.parameters else 8, 8)
+        (plan.width(site.path) if site.parameters else 8, 8)
         if plan and site.path in integer
         else costs.FLOAT
         for site in experiment.sites
     ]
     choices = sorted(set(chosen))
-    table = latency.table(latency.measure(found.values()), found, choices)
-    products = table[np.arange(len(chosen)), [choices.index(choice) for choice in chosen]].sum()
-    calls = steps / batch(config)  # guidance doubles the rows of a call, not the calls
-    return calls * (fitted.alpha + fitted.beta * float(products))
-
-
-def per_image(experiment: Experiment, config: Config, choices) -> tuple[np.ndarray, float]:
-    """(seconds of every choice per image, float64 [L,K]; what no choice changes)."""
-    fitted = model(experiment, config)[1]
-    found = operations(experiment, config)
-    table = latency.table(latency.measure(found.values()), found, choices)
-    calls = config.diffusion.num_steps / batch(config)
-    return calls * fitted.beta * table, calls * fitted.alpha
+    table, fixed = per_image(experiment, config, choices, steps=steps)
+    taken = table[np.arange(len(chosen)), [choices.index(choice) for choice in chosen]]
+    return fixed + float(taken.sum())

@@ -44,66 +44,90 @@ def steps(experiment: Experiment, config: Config, plan: Plan, count: int) -> np.
 
     InputError as the selector raises it, and where the student's eps is not finite.
     """
-    name = config.timesteps.name
-    recorded, evidence = _evidence(experiment, config, plan)
+    name, chosen = config.timesteps.name, config.timesteps
+    recorded, evidence = (_drift if name == "drift" else _edges)(experiment, config, plan)
 
     def compute(folder):
         taken = timesteps.arguments(name)
-        given = {key: config.timesteps[key] for key in config.timesteps if key in taken}
-        given |= evidence
+        given = {key: chosen[key] for key in chosen if key in taken} | evidence
         if name == "drift":
-            follow = _follow(experiment, config, plan) if config.timesteps.every else None
+            follow = _drift_of(experiment, config, plan) if chosen.every else None
             given["remeasure"] = follow and (lambda left: follow(timesteps=left))
-            given["every"] = config.timesteps.every or 1
+            given["every"] = chosen.every or 1
         else:
             given["gram"] = experiment.eps_gram
         kept = timesteps.select(experiment.abar, count, name, **given)
         save_arrays(folder / "steps.npz", {"timesteps": kept})
 
-    key = {"evidence": recorded, "count": count, "timesteps": config.timesteps.to_dict()}
+    key = {
+        "evidence": recorded,
+        "gram": VERSIONS["gram"],
+        "count": count,
+        "timesteps": chosen.to_dict(),
+    }
     folder = experiment.store.get("steps", version=VERSIONS["steps"], key=key, compute=compute)
     return load_arrays(folder / "steps.npz")["timesteps"]
 
 
-def _evidence(experiment: Experiment, config: Config, plan: Plan) -> tuple[str, dict]:
-    """(artifact name, what the selector takes of the student), for any number of steps."""
-    drifts, c = config.timesteps.name == "drift", config
+def _edges(experiment: Experiment, config: Config, plan: Plan) -> tuple[str, dict]:
+    """(artifact name, {"student"}): what the student adds to the edges of `experiment.eps_gram`, on
+    the same samples."""
 
     def compute(folder):
-        follow = _follow(experiment, config, plan)
-        if drifts:
-            save_arrays(folder / "student.npz", {"drift": follow()})
-        else:
-            found = follow(memory_gb=c.calibration.memory_gb, chunks=chunked(folder, "student"))
-            save_arrays(folder / "student.npz", found._asdict())
+        found = timesteps.gram.record_student(
+            *_pair(experiment, config, plan),
+            alphas_cumprod=experiment.abar,
+            clip=config.diffusion.clip,
+            memory_gb=config.calibration.memory_gb,
+            chunks=chunked(folder, "student"),
+        )
+        save_arrays(folder / "student.npz", found._asdict())
 
-    key = {
+    key = _key(experiment, config, plan) | {"memory_gb": config.calibration.memory_gb}
+    folder = experiment.store.get("student", version=VERSIONS["student"], key=key, compute=compute)
+    return folder.name, {"student": StudentGram(**load_arrays(folder / "student.npz"))}
+
+
+def _drift(experiment: Experiment, config: Config, plan: Plan) -> tuple[str, dict]:
+    """(artifact name, {"drift"}) of a student that runs the whole schedule."""
+
+    def compute(folder):
+        save_arrays(folder / "drift.npz", {"drift": _drift_of(experiment, config, plan)()})
+
+    key = _key(experiment, config, plan) | {"reading": config.timesteps.drift}
+    folder = experiment.store.get("drift", version=VERSIONS["drift"], key=key, compute=compute)
+    return folder.name, load_arrays(folder / "drift.npz")
+
+
+def _drift_of(experiment: Experiment, config: Config, plan: Plan):
+    """`timesteps.drift.measure` of further keywords."""
+    return partial(
+        timesteps.drift.measure,
+        *_pair(experiment, config, plan),
+        alphas_cumprod=experiment.abar,
+        reading=config.timesteps.drift,
+        clip=config.diffusion.clip,
+    )
+
+
+def _pair(experiment: Experiment, config: Config, plan: Plan) -> tuple:
+    """Teacher, its params, student, its params, and the noise and conditions that both begin with:
+    those of `experiment.eps_gram`, whatever the arm's own seed."""
+    built, base = model(experiment, config, plan), experiment.config
+    noise, cond, _ = experiment.inputs(base.seed, 0, base.timesteps.samples)
+    teacher, other = (experiment.predicted(each) for each in (experiment.denoise, built.denoise))
+    return teacher, experiment.params, other, built.params, noise, cond
+
+
+def _key(experiment: Experiment, config: Config, plan: Plan) -> dict:
+    diffusion, base = config.diffusion.to_dict(), experiment.config
+    return {
         "model": experiment.model_hash,
         "conditions": experiment.conditions_hash,
         "record": experiment.statistics[0].name,
         "widths": [plan.w_bits, plan.a_bits],
-        "quantize": c.quantize.to_dict(),
-        "diffusion": {k: v for k, v in c.diffusion.to_dict().items() if k != "num_steps"},
-        "samples": c.timesteps.samples,
-        "memory_gb": c.calibration.memory_gb,
-        "seed": c.seed,
-        "reading": c.timesteps.drift if drifts else "edges",
+        "quantize": config.quantize.to_dict(),
+        "diffusion": {key: diffusion[key] for key in diffusion if key != "num_steps"},
+        "samples": base.timesteps.samples,
+        "seed": base.seed,
     }
-    folder = experiment.store.get("student", version=VERSIONS["student"], key=key, compute=compute)
-    found = load_arrays(folder / "student.npz")
-    return folder.name, found if drifts else {"student": StudentGram(**found)}
-
-
-def _follow(experiment: Experiment, config: Config, plan: Plan):
-    """A function of further keywords that follows teacher and student over the schedule."""
-    built = model(experiment, config, plan)
-    noise, cond, _ = experiment.inputs(config.seed, 0, config.timesteps.samples)
-    both = (
-        experiment.predicted(experiment.denoise), experiment.params,
-        experiment.predicted(built.denoise), built.params, noise, cond,
-    )  # fmt: skip
-    common = {"alphas_cumprod": experiment.abar, "clip": config.diffusion.clip}
-    if config.timesteps.name == "drift":
-        reading = config.timesteps.drift
-        return partial(timesteps.drift.measure, *both, reading=reading, **common)
-    return partial(timesteps.gram.record_student, *both, **common)

@@ -135,7 +135,7 @@ def test_a_step_saved_buys_bits(experiment, config, tmp_path):
     before = [entry for entry in log if entry["stage"] == "joint"]
     joint.plan(experiment, recipe, "test")
     again = [entry for entry in log if entry["stage"] == "joint"][len(before) :]
-    assert [entry["cached"] for entry in again] == [True]
+    assert again and all(entry["cached"] for entry in again)
     assert "<- the plan" in joint.table(points, picked)
 
 
@@ -330,6 +330,10 @@ def test_predicted_seconds_are_those_of_the_planner(experiment, config, monkeypa
     found = arms.list_arms(other)
     rows = results.assemble(found, results.timed(found), [{}, {}], {})["arms"]
     assert rows[0]["predicted_ms"] == pytest.approx(1e3 * whole)
+    expected = seconds.predicted(other, asked, found[1].plan, 8)
+    assert rows[1]["predicted_ms"] == pytest.approx(1e3 * expected) and expected < whole
+    foreign = _recipe(asked, quantize__backend="aqt")
+    assert seconds.predicted(other, foreign, found[1].plan, 8) is None  # other products
 
 
 def test_the_cost_preview_counts_the_steps_and_images_of_each_arm(config):
@@ -345,7 +349,7 @@ def test_the_cost_preview_counts_the_steps_and_images_of_each_arm(config):
     }
     assert preview.sampled(recipe) == [(20, 6), (8, 10), (8, 10), (8, 10), (5, 10), (8, 10)]
     counts = preview.step_calls(recipe)
-    assert counts == {"teacher": 5 * 40, "drift": 2 * 2 * 5 * 40, "steps": 16 * (20 + 8 + 4)}
+    assert counts == {"teacher": 5 * 40, "student": 2 * 2 * 5 * 40, "steps": 16 * (20 + 8 + 4)}
     recipe.arms = {}
     recipe.plan.steps = ()
     assert preview.step_calls(recipe) == {}

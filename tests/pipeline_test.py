@@ -81,7 +81,7 @@ def test_an_unknown_name_is_refused_before_any_work(kind, tmp_path):
         ("plan__w_bits", (4, 16), "distinct widths within"),
         ("plan__a_bits", (16,), "distinct widths within"),
         ("plan__ratio_bits", 1, "width 1"),
-        ("plan__pins", (("final", 9),), "width 9"),
+        ("plan__pins", (("final", 9),), "'final' at width 9: expected 2 to 8 bits, or 32"),
         ("diffusion__num_steps", 2000, "num_steps=2000: expected 1 to 1000"),
     ],
 )

@@ -27,7 +27,7 @@ def get_config(arg: str = ""):
     common = runpy.run_path(str(Path(__file__).parents[1] / "diffpro.py"))
     config = common["method"]("fashion_dit_seed1" if arg == "seed1" else "fashion_dit")
     config.name = f"diffpro ablations {arg}".strip()
-    config.evaluate.update(health_images=4, predict_ms=False)
+    config.evaluate.update(health_images=4, predict_ms=False, timing_rounds=1)
     config.sample.update(num_images=500, by_steps=())
     config.arms = _steps(config, common["EXACT"]) if arg == "steps" else _bits(config)
     if arg == "input":
@@ -72,4 +72,4 @@ def _steps(config, exact):
     arms |= {"exact": exact, "exact_teacher": {**exact, "by_student": False}}
     arms["even"] = {"timesteps": "uniform"}
     arms["quadratic"] = {"timesteps": "quadratic"}
-    return arms | {name: {"solver": name} for name in ("uniform", "random", "size_only")}
+    return arms | {"uniform": {"solver": "uniform"}}

@@ -263,7 +263,8 @@ def restrict(
             why = "; ".join(dict.fromkeys(reason for site, _, reason in reasons if site == path))
             raise InputError(
                 f"site {path!r} has no legal choice left on {name!r}: {why}. Let it stay in float "
-                "(plan.keep_float=True, and no pin on it), or set plan.legality to another device"
+                "(a pin at 32, or plan.keep_float=True and no pin on it), or set plan.legality to "
+                "another device"
             )
     ruled_out = [
         {"site": path, "choice": list(choice), "reason": reason}

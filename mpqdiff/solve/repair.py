@@ -70,21 +70,28 @@ def _saving(cost, worth, low: int, high: int) -> float:
     return (worth[low] - worth[high]) / max(cost[high] - cost[low], NOTHING)
 
 
+def levels(table: Rows) -> np.ndarray:
+    """The choices that some site with more than one can take, int [K']."""
+    free = table.legal.sum(axis=1) > 1
+    return np.flatnonzero(table.legal[free].any(axis=0))
+
+
 def seed(table: Rows, score: np.ndarray, quantiles) -> np.ndarray:
     """The widest quantile plan of `score` [L] within every budget, int32 [L]; that of the scarcest
-    resource, and the narrowest where none fits. Sites with one legal choice have no place in F."""
+    resource, and the narrowest where none fits. Sites with one legal choice have no place in F,
+    and what only they can take is no level."""
     choice = table.legal.argmax(axis=1).astype(np.int32)
     free = np.flatnonzero(table.legal.sum(axis=1) > 1)
     if not len(free):
         return choice
-    plans = []
+    plans, offered = [], levels(table)
+    legal = table.legal[np.ix_(free, offered)]
     for cost, limit in zip(table.cost, table.limit, strict=True):
         left = limit - np.delete(_paid(cost, choice), free).sum()
         least = _paid(cost, choice)[free].sum()
-        found, _ = quantile.seed(
-            score[free], cost[free], table.legal[free], max(left, least), quantiles=quantiles
-        )
-        plans.append(found)
+        own = cost[np.ix_(free, offered)]
+        found, _ = quantile.seed(score[free], own, legal, max(left, least), quantiles=quantiles)
+        plans.append(offered[found])
     choice[free] = np.min(plans, axis=0)
     return choice
 
@@ -162,7 +169,7 @@ def choose(problem: Problem, score=None, quantiles=None) -> np.ndarray:
     elif np.shape(score) != table.legal.shape[:1]:
         raise InputError(f"score of {np.shape(score)}: expected [{len(table.legal)}]")
     if quantiles is None:
-        quantiles = default_quantiles(table.legal.shape[1])
+        quantiles = default_quantiles(max(len(levels(table)), 1))
     resource = normalised(table)
     first = seed(table, np.asarray(score, np.float64), quantiles)
     found = walk(table, resource, first)
@@ -173,8 +180,8 @@ def solve(problem: Problem, *, score=None, quantiles=None) -> Allocation:
     """The record of `choose`.
 
     score [L]: what the quantile plan ranks sites by, large for those that need their bits; the
-    damage of the narrowest choice where None. quantiles: K - 1 of them, `default_quantiles` where
-    None. Raises InputError on another number of either, a score that is not finite, and quantiles
-    that do not ascend in [0,1).
+    damage of the narrowest choice where None. quantiles: one less than `levels`, where None
+    `default_quantiles`. Raises InputError on another number of either, a score that is not
+    finite, and quantiles that do not ascend in [0,1).
     """
     return certify(problem, choose(problem, score, quantiles))

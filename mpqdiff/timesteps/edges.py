@@ -69,20 +69,15 @@ def edge_costs(
     """
     candidates = candidates_of(alphas_cumprod, candidates)
     _, abar, _ = signals(candidates, alphas_cumprod)
-    gram = np.asarray(gram, np.float64)
-    for whose, held in (("teacher", gram), ("student", gram if student is None else student.cross)):
-        if held.shape != 2 * (len(candidates),):
-            raise InputError(f"got a Gram {held.shape} for {len(candidates)} candidate steps")
-        if not np.isfinite(held).all():
-            raise InputError(
-                f"the Gram of eps holds NaN or infinity: the {whose}'s trajectory diverged"
-            )
+    gram = _checked("Gram of eps", gram, 2, candidates)
     check_reading(data_std, power)
     sigma = np.append(np.sqrt((1.0 - abar) / abar), 0.0)
     square = _square_errors(gram, sigma)
     if student is not None:
+        cross = _checked("Gram of eps and the student's error", student.cross, 2, candidates)
+        own = _checked("square of the student's error", student.square, 1, candidates)
         # Rounding may leave a vanishing edge below 0.
-        square = np.maximum(square + _student_errors(student, sigma), 0.0)
+        square = np.maximum(square + _student_errors(cross, own, sigma), 0.0)
     square = square / (1.0 + (sigma[1:] / data_std) ** 2)
     held = np.tri(len(gram), dtype=bool).T
     return np.where(held, np.sqrt(square) if power == 1 else square, np.inf)
@@ -101,13 +96,25 @@ def _square_errors(gram: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     return np.maximum(np.append(after, np.zeros((1, len(gram))), axis=0), 0.0)
 
 
-def _student_errors(student: StudentGram, sigma: np.ndarray) -> np.ndarray:
-    """What delta_p adds to E |e(p, j+1)|^2, [F,F]; of no meaning below the diagonal."""
+def _student_errors(cross: np.ndarray, square: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """What delta_p adds to E |e(p, j+1)|^2, [F,F], of E<eps_v, delta_p> [v,p] and E |delta_p|^2;
+    of no meaning below the diagonal."""
     span = sigma[:-1, None] - sigma[None, 1:]
-    cross = np.asarray(student.cross, np.float64).T  # [p,v]
-    moved = np.triu(cross - np.diag(cross)[:, None], 1)
+    moved = np.triu(cross.T - np.diag(cross)[:, None], 1)
     along = np.cumsum(moved * (sigma[:-1] - sigma[1:]), axis=1)  # E<e(p, j+1), delta_p>
-    return span * (span * np.asarray(student.square, np.float64)[:, None] - 2.0 * along)
+    return span * (span * square[:, None] - 2.0 * along)
+
+
+def _checked(name: str, value, axes: int, candidates: np.ndarray) -> np.ndarray:
+    value = np.asarray(value, np.float64)
+    if value.shape != axes * (len(candidates),):
+        raise InputError(f"got a {name} {value.shape} for {len(candidates)} candidate steps")
+    if not np.isfinite(value).all():
+        raise InputError(
+            f"the {name} holds NaN or infinity: the model diverged; check its weights, widths and "
+            "activation scales"
+        )
+    return value
 
 
 def path_cost(costs: np.ndarray, timesteps, candidates) -> float:

@@ -81,9 +81,9 @@ def record_gram(
         _check_finite("the teacher's", teacher, candidates, "the weights, the schedule and x_T")
         return {"gram": _products(teacher, teacher)}
 
+    size = samples_per_chunk(len(candidates), x_T[0].size, memory_gb) if len(x_T) else 0
     run = partial(_follow, (denoise,), (params,), clip=clip)
-    steps = alphas_cumprod, candidates
-    return _mean(run, 1, x_T, cond, *steps, reduce, memory_gb, chunks)["gram"]
+    return _mean(run, reduce, x_T, cond, alphas_cumprod, candidates, size, chunks)["gram"]
 
 
 def record_student(
@@ -109,17 +109,20 @@ def record_student(
     def reduce(teacher, other):
         _check_finite("the teacher's", teacher, candidates, "the weights, the schedule and x_T")
         _check_finite("the student's", other, candidates, "its widths and activation scales")
-        off = other.astype(np.float64) - teacher
-        return {"cross": _products(teacher, off), "square": np.square(off).sum(axis=1)}
+        off = other - teacher
+        square = np.einsum("pd,pd->p", off, off, dtype=np.float64)
+        return {"cross": _products(teacher, off), "square": square}
 
+    # Three arrays of one chunk are alive: both eps and their difference.
+    size = samples_per_chunk(3 * len(candidates), x_T[0].size, memory_gb) if len(x_T) else 0
     run = partial(_follow, (denoise, student), (params, student_params), clip=clip)
-    steps = alphas_cumprod, candidates
-    return StudentGram(**_mean(run, 2, x_T, cond, *steps, reduce, memory_gb, chunks))
+    found = _mean(run, reduce, x_T, cond, alphas_cumprod, candidates, size, chunks)
+    return StudentGram(**found)
 
 
-def _mean(run, models: int, x_T, cond, alphas_cumprod, candidates, reduce, memory_gb, chunks):
-    """Means over samples and elements of the sums that `reduce(eps, ...)` takes of each chunk, eps
-    [F,n elements] of each of `models` that `run` follows."""
+def _mean(run, reduce, x_T, cond, alphas_cumprod, candidates, held: int, chunks) -> dict:
+    """Means over samples and elements of the sums that `reduce(eps, ...)` takes of each chunk of at
+    most `held` samples, eps [F,n elements] of every model that `run` follows."""
     steps = tuple(
         jnp.asarray(each, dtype)
         for each, dtype in zip(
@@ -129,7 +132,6 @@ def _mean(run, models: int, x_T, cond, alphas_cumprod, candidates, reduce, memor
     total = len(x_T)
     if not total:
         raise InputError("x_T holds no samples: a Gram needs at least one")
-    held = samples_per_chunk(models * len(candidates), x_T[0].size, memory_gb)
     size = -(-total // -(-total // held))
 
     def compute(index):
@@ -156,6 +158,7 @@ def _products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """[F,D], [F,D] -> sum of left_p right_q, float64 [F,F]."""
     found = np.zeros((len(left), len(right)))
     for start in range(0, left.shape[1], SLICE):
-        a, b = (each[:, start : start + SLICE].astype(np.float64) for each in (left, right))
+        a = left[:, start : start + SLICE].astype(np.float64)
+        b = a if right is left else right[:, start : start + SLICE].astype(np.float64)
         found += a @ b.T
     return found

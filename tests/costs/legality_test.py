@@ -190,7 +190,7 @@ def test_a_site_without_a_choice_is_named_with_its_reason():
     with pytest.raises(InputError, match=r"'one'.*1 rows.*plan.keep_float=True"):
         restrict(operations, [(8, 8)], np.ones((2, 1), bool), "gpu")
     pinned = np.array([[True, True], [True, False]])
-    with pytest.raises(InputError, match=r"'one'.*no pin on it"):
+    with pytest.raises(InputError, match=r"'one'.*a pin at 32.*no pin on it"):
         restrict(operations, [(8, 8), FLOAT], pinned, "gpu")
     with pytest.raises(InputError, match="'npu'; known: cpu, gpu, tpu"):
         restrict(operations, [(8, 8)], np.ones((2, 1), bool), "npu")

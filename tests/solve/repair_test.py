@@ -110,6 +110,22 @@ def test_pins_and_ties_hold(make_problem):
     np.testing.assert_array_equal(solve(everything, "repair").choice, np.full(8, 2))
 
 
+def test_what_only_a_pinned_site_can_take_is_no_level(make_problem):
+    value, cost, score = convex(3, sites=6, choices=3)
+    plain = solve(make_problem(value, cost, budget_of(cost, 0.5)), "repair", score=score)
+    # A seventh site, pinned to a fourth choice (float, say) that no other one has.
+    wide = np.pad(value, ((0, 1), (0, 1))), np.pad(cost, ((0, 1), (0, 1)), constant_values=1.0)
+    legal = np.zeros((7, 4), bool)
+    legal[:6, :3], legal[6, 3] = True, True
+    problem = make_problem(*wide, budget_of(cost, 0.5) + 1.0, legal=legal)
+    more = solve(problem, "repair", score=[*score, 0.0])
+    assert more.choice.tolist() == [*plain.choice, 3]
+    table = repair.rows(problem)
+    assert repair.levels(table).tolist() == [0, 1, 2]
+    first = repair.seed(table, np.array([*score, 0.0]), (0.40, 0.75))
+    assert first[6] == 3 and first[:6].max() <= 2
+
+
 def test_a_group_of_tied_sites_has_its_largest_score(make_problem):
     value, cost = np.ones((4, 1)) * [2.0, 0.0], np.ones((4, 1)) * [1.0, 2.0]
     problem = make_problem(value, cost, 8.0, tie=[0, 1, 0, 3])

@@ -200,6 +200,32 @@ def test_edges_of_the_plans_own_student_choose_its_steps(experiment, config, nam
     assert experiment.steps(at_12).tolist() == list(alone.timesteps)
 
 
+def test_a_students_steps_keep_the_tail_and_the_samples_of_the_gram(experiment, config):
+    recipe = _recipe(config, timesteps__name="drift_edges", timesteps__by_student=True,
+                     timesteps__tail=0.1, plan__steps=(12,))  # fmt: skip
+    plan = joint.plan(experiment, recipe, "test")
+    assert plan.timesteps[0] == 39 and plan.timesteps[-4:] == (3, 2, 1, 0)
+    # An arm of another seed asks its student on the same noise as the teacher was.
+    own = experiment.store.log
+    other = joint.at_steps(experiment, _recipe(recipe, seed=5), "test", 12)
+    asked = [entry for entry in own if entry["stage"] == "student"]
+    assert asked[-1]["cached"] and other.timesteps == plan.timesteps
+    whole = joint.at_steps(experiment, _recipe(recipe, plan__steps=()), "test", 40)
+    assert whole.timesteps == tuple(range(39, -1, -1))
+
+
+def test_points_of_the_joint_choice_are_kept_one_by_one(config, tmp_path):
+    recipe = _recipe(config, plan__steps=(6, 3))
+    first = joint.search(pipeline.Experiment(recipe, tmp_path), recipe, "test")
+    more = _recipe(config, plan__steps=(6, 4, 3))
+    later = pipeline.Experiment(more, tmp_path)
+    points = joint.search(later, more, "test")
+    assert [points[0], points[2]] == first
+    kept = {stage: [entry["cached"] for entry in later.store.log if entry["stage"] == stage]
+            for stage in ("joint", "rollout")}  # fmt: skip
+    assert kept == {"joint": [True, False, True], "rollout": [True]}
+
+
 def test_a_tail_longer_than_the_steps_is_refused_before_any_work(config, tmp_path):
     recipe = _recipe(config, timesteps__name="drift", timesteps__tail=0.5, plan__steps=(12,))
     with pytest.raises(InputError, match=r"tail=0.5 and the first step protect 21 steps"):

@@ -67,7 +67,8 @@ def get_config(arg: str = ""):
                 "plan_even", "plan_50_even", "plan_50_exact")  # fmt: skip
         arms = {name: arms[name] for name in kept}
     if arg == "joint":
-        config.plan.update(a_bits=(6, 8), solver="lp", rollout=256)
+        config.plan.update(a_bits=(6, 8), solver="lp", rollout=128)
+        config.sample.by_steps = ((50, 1000),)
         config.plan.steps = (500, 250, 100, 50, 20, 10)
         # 500 steps take too long; 250 leave energy for about 5 bits; fewer have bits to spend.
         config.plan.reduction.update(file_bytes=4.5, seconds=5.0, joules=30.0)

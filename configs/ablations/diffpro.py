@@ -28,7 +28,7 @@ def get_config(arg: str = ""):
     config = common["method"]("fashion_dit_seed1" if arg == "seed1" else "fashion_dit")
     config.name = f"diffpro ablations {arg}".strip()
     config.evaluate.update(health_images=4, predict_ms=False, timing_rounds=1)
-    config.sample.update(num_images=500, by_steps=())
+    config.sample.update(num_images=256, by_steps=())
     config.arms = _steps(config, common["EXACT"]) if arg == "steps" else _bits(config)
     if arg == "input":
         config.plan.pins = (("patch_embed", 32), ("final", 8))

@@ -53,7 +53,7 @@ def _bits(config):
     arms |= {f"pca_{name}": {"manifold": {"pca": name}} for name in ("rotate", "concentration")}
     arms["no_seed"] = {"solver": "greedy"}
     arms["lp"] = {"solver": "lp"}
-    for score in ("orthogonality", "weight_error", "output_error", "eps_error"):
+    for score in ("orthogonality", "weight_error", "output_error"):
         arms[score] = {"score": score, "solver": "lp"}
     arms |= {f"daq_{mode}": {"mode": mode} for mode in ("static", "online", "ema")}
     arms["daq_5_groups"] = {"groups": 5}

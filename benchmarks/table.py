@@ -31,8 +31,8 @@ STEPS = (
     ("steps", lambda a, plan: str(a["steps"])),
     ("images", lambda a, plan: str(a["n_images"])),
     ("ms/image", lambda a, plan: f"{a['ms_per_image']['median']:.1f}"),
-    ("predicted", lambda a, plan: predicted(a)),
     ("speed-up", lambda a, plan: f"{a['speedup']:.2f}x"),
+    ("predicted", lambda a, plan: predicted(a)),
     ("at its steps", lambda a, plan: f"{a['speedup_same_steps']:.2f}x"),
     ("x0 MSE (95 %)", lambda a, plan: interval(a, "x0_mse", ".2e")),
     ("FID (95 %)", lambda a, plan: interval(a, "fid", ".2f")),
@@ -57,11 +57,9 @@ def interval(arm: dict, key: str, form: str) -> str:
 
 
 def predicted(arm: dict) -> str:
-    """ms/image that the latency model expected, and how far it was off."""
-    expected = arm.get("predicted_ms")
-    if expected is None:
-        return "-"
-    return f"{expected:.1f} ({expected / arm['ms_per_image']['median'] - 1:+.0%})"
+    """The speed-up that the latency model expected, and how far it was off."""
+    expected = arm.get("predicted_speedup")
+    return f"{expected:.2f}x ({expected / arm['speedup'] - 1:+.0%})" if expected else "-"
 
 
 def against(arm: dict, plan: dict) -> str:

@@ -72,8 +72,8 @@ def _expected(arm: Arm) -> float | None:
     return seconds.predicted(arm.experiment, arm.config, arm.plan, len(arm.timesteps))
 
 
-def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
-    """The part of an arm's row that is counted or measured."""
+def efficiency(arm: Arm, times: dict, base: dict) -> dict:
+    """The part of an arm's row that is counted or measured; `base` are the times of arm 0."""
     experiment, plan = arm.experiment, arm.plan
     own = np.array(times["own"])
     evaluations = len(arm.timesteps) * experiment.halves
@@ -103,10 +103,12 @@ def efficiency(arm: Arm, times: dict, base_times: list[float]) -> dict:
         ),
         "steps": len(arm.timesteps),
         "ms_per_image": _milliseconds(own, arm.batch),
-        "predicted_ms": None if times["predicted"] is None else 1e3 * times["predicted"],
+        "predicted_ms": times["predicted"] and 1e3 * times["predicted"],
+        # The model's seconds are of the minute in which they were measured: their ratio lasts.
+        "predicted_speedup": times["predicted"] and base["predicted"] / times["predicted"],
         "ms_per_image_batch_1": _milliseconds(times["single"], 1),
         # Medians of ratios within a round: a drift of the machine's speed cancels.
-        "speedup": float(np.median(np.array(base_times) / own)),
+        "speedup": float(np.median(np.array(base["own"]) / own)),
         "speedup_same_steps": float(np.median(np.array(times["float_same_steps"]) / own)),
         "fraction_of_peak": speed.fraction_of_peak(macs, 1e-3 * float(np.median(own)), ceilings),
         "peak_bytes": arm.execution.peak_bytes,
@@ -156,7 +158,7 @@ def assemble(arms: list[Arm], times: list[dict], rows: list[dict], described: di
         "protocol": described | {"publish": bool(config.publish), "name": config.name},
         "arms": [
             {
-                **efficiency(arm, taken, times[0]["own"]),
+                **efficiency(arm, taken, times[0]),
                 **{name: row.get(name) for name in METRICS},
                 **{name: value for name, value in row.items() if name not in METRICS},
                 "n_images": arm.count,

@@ -30,7 +30,7 @@ ARM_KEYS = {
     "execution", "backend", "fid", "fid_ci", "delta_fid", "damage", "kid", "kid_ci", "sfid", "is",
     "precision", "recall", "psnr", "psnr_ci", "ssim", "x0_mse", "n_images", "seed",
     "bitops_terms", "ms_per_image_batch_1", "fraction_of_peak", "energy_label", "energy_source",
-    "predicted_ms",
+    "predicted_ms", "predicted_speedup",
 }  # fmt: skip
 ARMS = ["float", "plan", "plan_aqt", "random_0", "size_only", "uniform", "w8a8"]
 

@@ -358,6 +358,7 @@ def test_predicted_seconds_are_those_of_the_planner(experiment, config, monkeypa
     assert rows[0]["predicted_ms"] == pytest.approx(1e3 * whole)
     expected = seconds.predicted(other, asked, found[1].plan, 8)
     assert rows[1]["predicted_ms"] == pytest.approx(1e3 * expected) and expected < whole
+    assert rows[1]["predicted_speedup"] == pytest.approx(whole / expected)
     foreign = _recipe(asked, quantize__backend="aqt")
     assert seconds.predicted(other, foreign, found[1].plan, 8) is None  # other products
 

@@ -648,3 +648,15 @@ def test_browser_menus_change_the_figures(path, tmp_path):
     order = re.findall(r"<th scope=\"row\">([^<]*)", document.split('id="table-why"', 1)[1])
     # Descending by what a wider step saves; the one without such a step comes last.
     assert order[: len(PATHS)] == [*reversed(PATHS[:-1]), PATHS[-1]]
+
+
+def test_an_arm_of_fewer_steps_says_both_speed_ups(tmp_path, data):
+    plan = data.results["arms"][1]
+    faster = {**plan, "steps": 10, "speedup": 2.75, "speedup_same_steps": 1.4}
+    others = data.results["arms"]
+    results = {**data.results, "arms": [others[0], faster, *others[2:]]}
+    path = tmp_path / "report.html"
+    report.write(path, replace(data, results=results))
+    text = path.read_text("utf-8")
+    assert "measured, over float32 in 20 steps; 1.40x over float32 in its own 10" in text
+    assert "measured, over float32 at the same steps" not in text

@@ -65,11 +65,8 @@ def _bits(config):
 
 def _steps(config, exact):
     config.plan.steps = (150,)
+    config.sample.update(num_images=128, batch=32)
     arms = {f"tail_{100 * tail:.0f}": {"tail": tail} for tail in (0.0, 0.05, 0.14)}
     arms["teacher"] = {"by_student": False}
-    arms["teacher_tail_0"] = {"by_student": False, "tail": 0.0}
     arms["per_step_drift"] = {"timesteps": "drift"}
-    arms |= {"exact": exact, "exact_teacher": {**exact, "by_student": False}}
-    arms["even"] = {"timesteps": "uniform"}
-    arms["quadratic"] = {"timesteps": "quadratic"}
-    return arms | {"uniform": {"solver": "uniform"}}
+    return arms | {"exact": exact, "even": {"timesteps": "uniform"}}

@@ -65,7 +65,7 @@ def _bits(config):
 
 def _steps(config, exact):
     config.plan.steps = (150,)
-    config.sample.update(num_images=128, batch=32)
+    config.sample.num_images = 128
     arms = {f"tail_{100 * tail:.0f}": {"tail": tail} for tail in (0.0, 0.05, 0.14)}
     arms["teacher"] = {"by_student": False}
     arms["per_step_drift"] = {"timesteps": "drift"}

@@ -159,7 +159,8 @@ def base() -> Config:
             ceiling_steps=2,  # the float model whose FID is damage 1
             timing_rounds=5,  # every arm once per round, in turn
             batch_1=False,  # time single images too; one more program per arm
-            predict_ms=False,  # what the latency model expects, too; minutes once per device
+            predict_ms=False,  # what the latency model expects, too; minutes once per device; null
+            # where this machine gives no usable fit
             drift_images=0,  # images whose trajectories are compared; one more program per arm
             health_images=0,  # images whose clipped and not finite activations are counted, by arm
             downstream=False,  # classifiers trained on each arm's samples; needs real test images

@@ -1,6 +1,7 @@
 """`results.json`: one row per arm, of what was counted, measured and evaluated."""
 
 import platform
+import warnings
 from importlib import metadata
 
 import jax
@@ -10,6 +11,7 @@ from mpqdiff import fidelity, seconds
 from mpqdiff.arms import Arm, time_arms
 from mpqdiff.artifacts import read_json, write_json
 from mpqdiff.costs.bitops import bitops
+from mpqdiff.errors import InputError
 from mpqdiff.evaluate import efficiency as speed
 from mpqdiff.evaluate import energy_meter
 from mpqdiff.evaluate.protocol import INDICATIVE_BELOW
@@ -44,7 +46,7 @@ def timed(arms: list[Arm]) -> list[dict]:
     batch_1, predict = (arms[0].config.evaluate[key] for key in ("batch_1", "predict_ms"))
 
     def compute(folder):
-        expected = [_expected(arm) if predict else None for arm in arms]  # measures on its own
+        expected = _expected(arms) if predict else [None] * len(arms)  # measures on its own
         times = time_arms(arms, rounds, batch_1=batch_1)
         ceilings = {kind: speed.ceiling(kind)._asdict() for kind in ("int8", "float32")}
         energies = [used_energy(arm)._asdict() for arm in arms]
@@ -68,8 +70,17 @@ def timed(arms: list[Arm]) -> list[dict]:
     return read_json(folder / "times.json")
 
 
-def _expected(arm: Arm) -> float | None:
-    return seconds.predicted(arm.experiment, arm.config, arm.plan, len(arm.timesteps))
+def _expected(arms: list[Arm]) -> list[float | None]:
+    """Seconds of the latency model for each arm; None for all, with a warning that says why, where
+    this machine gives no usable fit: that must not end a run whose samples are made."""
+    try:
+        return [
+            seconds.predicted(arm.experiment, arm.config, arm.plan, len(arm.timesteps))
+            for arm in arms
+        ]
+    except InputError as error:
+        warnings.warn(f"evaluate.predict_ms: nothing is predicted, {error}", stacklevel=2)
+        return [None] * len(arms)
 
 
 def efficiency(arm: Arm, times: dict, base: dict) -> dict:

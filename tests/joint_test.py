@@ -363,6 +363,27 @@ def test_predicted_seconds_are_those_of_the_planner(experiment, config, monkeypa
     assert seconds.predicted(other, foreign, found[1].plan, 8) is None  # other products
 
 
+def test_a_machine_without_a_usable_fit_ends_no_run(config, tmp_path, monkeypatch):
+    from mpqdiff import results, seconds
+
+    asked = []
+
+    def unusable(*_):
+        asked.append(1)
+        raise InputError("latency fit: plans of longer products took less time")
+
+    monkeypatch.setattr(seconds, "model", unusable)
+    recipe = _recipe(config, evaluate__predict_ms=True)
+    found = arms.list_arms(pipeline.Experiment(recipe, tmp_path))
+    with pytest.warns(UserWarning, match="nothing is predicted, latency fit: plans of longer"):
+        times = results.timed(found)
+    rows = results.assemble(found, times, [{}, {}], {})["arms"]
+    assert len(asked) == 1  # a fit takes minutes: not again for every arm
+    assert [row["predicted_ms"] for row in rows] == [None, None]
+    assert [row["predicted_speedup"] for row in rows] == [None, None]
+    assert rows[1]["speedup"] > 0
+
+
 def test_the_cost_preview_counts_the_steps_and_images_of_each_arm(config):
     from mpqdiff import preview
 

@@ -214,6 +214,27 @@ def test_a_students_steps_keep_the_tail_and_the_samples_of_the_gram(experiment, 
     assert whole.timesteps == tuple(range(39, -1, -1))
 
 
+def test_an_interrupted_student_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    recipe = _recipe(config, timesteps__name="shortest_path", timesteps__by_student=True,
+                     timesteps__samples=6, calibration__memory_gb=2 * 3 * 4 * 40 * 64 / 2**30,
+                     plan__steps=(5,))  # fmt: skip
+    whole = joint.plan(pipeline.Experiment(recipe, tmp_path / "whole"), recipe, "test")
+    follow, asked = timesteps.gram._follow, []
+
+    def dies(models, *args, **kwargs):
+        asked.append(len(models))
+        if asked.count(2) == 2:  # the second chunk of the student
+            raise KeyboardInterrupt
+        return follow(models, *args, **kwargs)
+
+    monkeypatch.setattr(timesteps.gram, "_follow", dies)
+    with pytest.raises(KeyboardInterrupt):
+        joint.plan(pipeline.Experiment(recipe, tmp_path / "half"), recipe, "test")
+    again = joint.plan(pipeline.Experiment(recipe, tmp_path / "half"), recipe, "test")
+    assert again.timesteps == whole.timesteps
+    assert asked.count(2) == 2 + 2  # of three chunks the first is kept
+
+
 def test_points_of_the_joint_choice_are_kept_one_by_one(config, tmp_path):
     recipe = _recipe(config, plan__steps=(6, 3))
     first = joint.search(pipeline.Experiment(recipe, tmp_path), recipe, "test")

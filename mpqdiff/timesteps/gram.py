@@ -81,9 +81,9 @@ def record_gram(
         _check_finite("the teacher's", teacher, candidates, "the weights, the schedule and x_T")
         return {"gram": _products(teacher, teacher)}
 
-    size = samples_per_chunk(len(candidates), x_T[0].size, memory_gb) if len(x_T) else 0
     run = partial(_follow, (denoise,), (params,), clip=clip)
-    return _mean(run, reduce, x_T, cond, alphas_cumprod, candidates, size, chunks)["gram"]
+    over = x_T, cond, alphas_cumprod, candidates
+    return _mean(run, reduce, over, chunks, memory_gb=memory_gb)["gram"]
 
 
 def record_student(
@@ -113,16 +113,16 @@ def record_student(
         square = np.einsum("pd,pd->p", off, off, dtype=np.float64)
         return {"cross": _products(teacher, off), "square": square}
 
-    # Three arrays of one chunk are alive: both eps and their difference.
-    size = samples_per_chunk(3 * len(candidates), x_T[0].size, memory_gb) if len(x_T) else 0
     run = partial(_follow, (denoise, student), (params, student_params), clip=clip)
-    found = _mean(run, reduce, x_T, cond, alphas_cumprod, candidates, size, chunks)
-    return StudentGram(**found)
+    over = x_T, cond, alphas_cumprod, candidates
+    # Three arrays of a chunk are alive: both eps and their difference.
+    return StudentGram(**_mean(run, reduce, over, chunks, memory_gb=memory_gb / 3))
 
 
-def _mean(run, reduce, x_T, cond, alphas_cumprod, candidates, held: int, chunks) -> dict:
-    """Means over samples and elements of the sums that `reduce(eps, ...)` takes of each chunk of at
-    most `held` samples, eps [F,n elements] of every model that `run` follows."""
+def _mean(run, reduce, over: tuple, chunks, *, memory_gb: float) -> dict:
+    """Means over samples and elements of the sums that `reduce(eps, ...)` takes of each chunk, eps
+    [F,n elements] of every model that `run` follows; `memory_gb` for one such array."""
+    x_T, cond, alphas_cumprod, candidates = over
     steps = tuple(
         jnp.asarray(each, dtype)
         for each, dtype in zip(
@@ -132,6 +132,7 @@ def _mean(run, reduce, x_T, cond, alphas_cumprod, candidates, held: int, chunks)
     total = len(x_T)
     if not total:
         raise InputError("x_T holds no samples: a Gram needs at least one")
+    held = samples_per_chunk(len(candidates), x_T[0].size, memory_gb)
     size = -(-total // -(-total // held))
 
     def compute(index):
